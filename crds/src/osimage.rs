@@ -1,0 +1,458 @@
+//! `OSImage`: what a person writes.
+
+use k8s_openapi::{
+    apimachinery::pkg::{
+        apis::meta::v1::{LabelSelector, Time},
+        util::intstr::IntOrString,
+    },
+    jiff::Timestamp,
+};
+use kube::{CustomResource, KubeSchema};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Serialize};
+
+use crate::{AttemptId, Commit, Conditions, Period, nodeos::Outcome};
+
+/// OSImage names one OSTree commit and the nodes that shall run it. The operator brings them there one
+/// disruption budget at a time, and stops by itself when a node comes back on its old system.
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[kube(
+    group = "osimage.dev",
+    version = "v1alpha1",
+    kind = "OSImage",
+    plural = "osimages",
+    singular = "osimage",
+    shortname = "osi",
+    status = "OSImageStatus",
+    derive = "PartialEq",
+    doc = "OSImage names one OSTree commit and the nodes that shall run it. The operator brings them there one disruption budget at a time, and stops by itself when a node comes back on its old system.",
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "Updated", type_ = "string", description = "Nodes verified on the commit, of all selected", json_path = ".status.progress"),
+    printcolumn(name = "Failed", type_ = "integer", json_path = ".status.counts.failed"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Commit", type_ = "string", priority = 1, json_path = ".spec.image.ostree.commit"),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.message"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    validation = Rule::new("self.metadata.name.size() <= 63").message("metadata.name must not be longer than 63 characters: it is used as a label value")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct OSImageSpec {
+    /// The operating system to run.
+    pub image: Image,
+    /// The nodes to run it on, by their labels. `{}` selects every node; it has to be written on purpose.
+    pub node_selector: LabelSelector,
+    /// How many nodes at once, and when to stop.
+    #[serde(default)]
+    pub rollout: Rollout,
+    /// How a node is emptied before it reboots.
+    #[serde(default)]
+    pub drain: Drain,
+    /// The reboot itself.
+    #[serde(default)]
+    pub reboot: Reboot,
+    /// When a rebooted node counts as healthy. The node itself enforces it, also without the API server.
+    #[serde(default)]
+    pub health: Health,
+}
+
+/// The operating system to run.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Image {
+    /// A commit in an OSTree repository.
+    pub ostree: OSTreeImage,
+}
+
+/// A commit in an OSTree repository, and how to trust it.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct OSTreeImage {
+    /// URL of the repository, as the nodes reach it: http://, https:// or file://.
+    #[x_kube(validation = Rule::new("self.matches('^(https?|file)://[^ ]+$')").message("must be an http://, https:// or file:// URL of an OSTree repository"))]
+    #[schemars(length(max = 2048))]
+    pub url: String,
+    /// Name of the remote in the origin of the deployment, as `ostree admin status` shows it. Defaults to
+    /// the name of the OSImage. The node keeps this remote apart from those of the distribution.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9][A-Za-z0-9._-]*$')").message("must be letters, digits, '.', '_' and '-', beginning with a letter or a digit"))]
+    #[schemars(length(max = 63))]
+    pub remote: Option<String>,
+    /// Branch of the commit, such as `stable/x86_64/node`. When set, the commit must have been built for
+    /// it (OSTree's ref binding), and it is recorded as the origin of the deployment.
+    #[serde(rename = "ref", default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$')").message("must be an OSTree ref such as stable/x86_64/node"))]
+    #[schemars(length(max = 255))]
+    pub ref_: Option<String>,
+    /// Checksum of the commit to run: 64 lower-case hexadecimal digits, as `ostree rev-parse REF` prints it.
+    pub commit: Commit,
+    /// How a node makes sure that the commit comes from you. Exactly one way has to be chosen.
+    pub verification: Verification,
+}
+
+/// How a commit is verified, before any of its content is downloaded.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.gpg) != has(self.insecureSkip)").message("exactly one of gpg and insecureSkip must be set: there is no silent default")
+)]
+pub struct Verification {
+    /// The commit must carry a valid signature by one of these keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpg: Option<GpgVerification>,
+    /// No verification: whoever can change what the URL serves can choose the commit's content only if they
+    /// break SHA-256, but nobody vouches for the commit itself. Must be `true` when set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self").message("insecureSkip can only be true; leave it out and set gpg to verify"))]
+    pub insecure_skip: Option<bool>,
+}
+
+/// GPG verification by libostree.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GpgVerification {
+    /// ASCII-armored public keys, as `gpg --export --armor` prints them.
+    #[x_kube(validation = Rule::new("self.contains('-----BEGIN PGP PUBLIC KEY BLOCK-----')").message("must hold ASCII-armored public keys: gpg --export --armor KEY"))]
+    #[schemars(length(max = 65536))]
+    pub keys: String,
+}
+
+/// How many nodes at once, and when to stop.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Rollout {
+    /// Stops new starts. Nodes in flight finish.
+    pub paused: bool,
+    /// How many of the selected nodes may be unavailable at once: a number, or a percentage of the selected
+    /// nodes (rounded down, at least 1). Nodes that are down for any other reason count too.
+    #[schemars(schema_with = "budget_schema")]
+    pub max_unavailable: IntOrString,
+    /// How many nodes may download at once.
+    #[schemars(range(min = 1))]
+    pub max_staging: i32,
+    /// How many nodes may fail on a commit before it is rejected and the rollout halts: a number, or a
+    /// percentage of the selected nodes (rounded down, at least 1).
+    #[schemars(schema_with = "budget_schema")]
+    pub failure_budget: IntOrString,
+}
+
+impl Default for Rollout {
+    fn default() -> Self {
+        Rollout {
+            paused: false,
+            max_unavailable: IntOrString::Int(1),
+            max_staging: 10,
+            failure_budget: IntOrString::Int(1),
+        }
+    }
+}
+
+fn budget_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "x-kubernetes-int-or-string": true,
+        "x-kubernetes-validations": [{
+            "rule": "type(self) == int ? self >= 1 : string(self).matches('^([1-9][0-9]?|100)%$')",
+            "message": "must be a number of at least 1 or a percentage from 1% to 100% (to stop a rollout, set rollout.paused)"
+        }]
+    })
+}
+
+/// How a node is emptied before it reboots.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq, Default)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Drain {
+    /// Seconds that an evicted pod has to stop. Defaults to what the pod asks for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub grace_period_seconds: Option<i64>,
+    /// Evict pods that use emptyDir volumes, whose content is lost. Otherwise such pods block the node.
+    pub delete_empty_dir_data: bool,
+    /// Evict pods that no controller will make again. Otherwise such pods block the node.
+    pub delete_unmanaged_pods: bool,
+}
+
+/// The reboot itself.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("duration(self.timeout) >= duration('1s')").message("reboot.timeout must be at least 1s"))]
+pub struct Reboot {
+    /// How long a node may take from its permit until it is seen with a new boot ID. After that the permit
+    /// is withdrawn.
+    #[serde(default = "ten_minutes")]
+    pub timeout: Period,
+}
+
+impl Default for Reboot {
+    fn default() -> Self {
+        Reboot { timeout: ten_minutes() }
+    }
+}
+
+/// When a rebooted node counts as healthy.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("duration(self.deadline) >= duration('5s')").message("health.deadline must be at least 5s"))]
+#[x_kube(validation = Rule::new("duration(self.soak) < duration(self.deadline)").message("health.soak must be shorter than health.deadline"))]
+pub struct Health {
+    /// How long a node may take from its boot until it is healthy and the operator has acknowledged it.
+    /// After that the node goes back to its previous system by itself.
+    #[serde(default = "ten_minutes")]
+    pub deadline: Period,
+    /// How long all checks must hold without a break.
+    #[serde(default = "one_minute")]
+    pub soak: Period,
+    /// What must hold on the node, besides Node Ready, for it to be healthy.
+    #[serde(default)]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub checks: Vec<Check>,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Health { deadline: ten_minutes(), soak: one_minute(), checks: vec![] }
+    }
+}
+
+/// One check, run by the node daemon on the host.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("[has(self.exec), has(self.systemdUnit), has(self.http)].exists_one(set, set)").message("exactly one of exec, systemdUnit and http must be set")
+)]
+pub struct Check {
+    /// Names the check in status and events.
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([a-z0-9-]*[a-z0-9])?$')").message("must be lower-case letters, digits and '-'"))]
+    #[schemars(length(max = 63))]
+    pub name: String,
+    /// A command on the host that must end with exit code 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<ExecCheck>,
+    /// A systemd unit on the host that must be active.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub systemd_unit: Option<SystemdUnitCheck>,
+    /// A URL that must answer with a status from 200 to 399.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<HttpCheck>,
+}
+
+/// A command on the host that must end with exit code 0.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ExecCheck {
+    /// Program and arguments; no shell is added.
+    #[schemars(length(min = 1, max = 32), inner(length(max = 4096)))]
+    pub command: Vec<String>,
+    /// How long it may take, at most.
+    #[serde(default = "check_timeout")]
+    pub timeout: Period,
+}
+
+/// A systemd unit on the host that must be active.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct SystemdUnitCheck {
+    /// Name of the unit, such as `kubelet.service`.
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9:_.@][A-Za-z0-9:_.@-]*[.][a-z]+$')").message("must be a systemd unit name with its type, such as kubelet.service"))]
+    #[schemars(length(max = 255))]
+    pub unit: String,
+}
+
+/// A URL that must answer with a status from 200 to 399.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct HttpCheck {
+    /// An http:// URL as reached from the node, such as `http://127.0.0.1:10248/healthz`.
+    #[x_kube(validation = Rule::new("self.matches('^http://[^ ]+$')").message("must be an http:// URL such as http://127.0.0.1:10248/healthz"))]
+    #[schemars(length(max = 2048))]
+    pub url: String,
+    /// How long it may take, at most.
+    #[serde(default = "check_timeout")]
+    pub timeout: Period,
+}
+
+fn ten_minutes() -> Period {
+    Period::seconds(600)
+}
+
+fn one_minute() -> Period {
+    Period::seconds(60)
+}
+
+fn check_timeout() -> Period {
+    Period::seconds(10)
+}
+
+/// Where the rollout stands. Written by the operator alone.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq, Default)]
+#[serde(rename_all = "camelCase", default)]
+pub struct OSImageStatus {
+    /// The generation of the spec that this status speaks of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Ready, Progressing, Degraded and Paused.
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Conditions,
+    /// One word for people; nothing is decided by it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    /// How far, and what is wrong, in one line.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// Nodes verified on the commit, of all selected: `37/50`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub progress: String,
+    /// Nodes by where they stand.
+    pub counts: Counts,
+    /// Attempts begun so far; the source of attempt names.
+    pub attempts: i64,
+    /// Nodes that may be disrupted now. A slot is written here before its node is touched, and removed after
+    /// the node has been given back.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub slots: Vec<Slot>,
+    /// Nodes that failed on the current commit. They are not tried again by themselves.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub failures: Vec<Failure>,
+    /// Commits that failed on as many nodes as the failure budget allows. Not tried again until the annotation
+    /// `osimage.dev/retry` gets a new value.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rejected: Vec<Rejected>,
+    /// The value of the annotation `osimage.dev/retry` that was last obeyed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_handled: Option<String>,
+    /// What is waited for, most important first; at most 20.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub blockers: Vec<Blocker>,
+}
+
+/// Where a rollout stands, in one word.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Nodes are being moved.
+    Progressing,
+    /// Something is waited for; see the blockers.
+    Waiting,
+    /// New starts are stopped by `rollout.paused`.
+    Paused,
+    /// The commit was rejected.
+    Halted,
+    /// Every selected node runs the commit.
+    Updated,
+    /// The OSImage is being deleted; its nodes are given back.
+    Deleting,
+}
+
+/// Nodes by where they stand.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq, Eq, Default)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Counts {
+    /// Nodes that the selector matches.
+    pub selected: i32,
+    /// Verified on the commit.
+    pub updated: i32,
+    /// Commit downloaded and verified, waiting for their turn.
+    pub pulled: i32,
+    /// In a slot: being drained, rebooted or verified.
+    pub updating: i32,
+    /// Failed on the commit.
+    pub failed: i32,
+    /// Selected nodes that are unavailable, for whatever cause.
+    pub unavailable: i32,
+}
+
+/// One unit of the disruption budget, held from before the cordon until the node is given back.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Slot {
+    /// The node.
+    pub node: String,
+    /// Name of this attempt.
+    pub attempt: AttemptId,
+    /// The commit it shall boot.
+    pub commit: Commit,
+    /// The boot during which the slot was taken; a permit is good for this boot only.
+    #[serde(rename = "bootID")]
+    pub boot_id: String,
+    /// When the slot was taken.
+    pub since: Time,
+    /// When the node, drained, was allowed to reboot. Written before the permit is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub permitted: Option<Time>,
+    /// Why the permit is taken back. Written before it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub withdrawn: Option<String>,
+    /// Set once the attempt is over; what is left is to give the node back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<SlotOutcome>,
+}
+
+/// How a slot ended.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotOutcome {
+    /// The node is verified on the commit.
+    Booted,
+    /// The attempt failed; see `failures`.
+    Failed,
+    /// The attempt was called off before the node rebooted.
+    Cancelled,
+}
+
+/// One node that failed on the current commit.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Failure {
+    /// The node.
+    pub node: String,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The commit.
+    pub commit: Commit,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why, in one or two sentences.
+    pub message: String,
+    /// When the operator learnt of it.
+    pub time: Time,
+}
+
+/// A commit that is not tried again.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Rejected {
+    /// The commit.
+    pub commit: Commit,
+    /// Which node failed on it, and how.
+    pub message: String,
+    /// When it was rejected.
+    pub time: Time,
+}
+
+/// One thing that is waited for.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Blocker {
+    /// The node that waits; empty when the whole rollout waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// One word for machines.
+    pub reason: String,
+    /// The object that blocks, as `Kind namespace/name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+    /// What is waited for, and what would end the waiting.
+    pub message: String,
+    /// Since when.
+    pub since: Time,
+}
+
+impl Blocker {
+    /// The same blocker, times aside.
+    pub fn same(&self, other: &Blocker) -> bool {
+        let Blocker { node, reason, object, message: _, since: _ } = self;
+        *node == other.node && *reason == other.reason && *object == other.object
+    }
+}
+
+/// A point in time as the API writes it: whole seconds, so that what is read back equals what was written.
+pub fn whole_seconds(now: Timestamp) -> Time {
+    Time(Timestamp::from_second(now.as_second()).unwrap_or(now))
+}

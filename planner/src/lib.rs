@@ -1,0 +1,29 @@
+//! Every decision of the operator and of the node daemon, as pure functions: values in, values out.
+//!
+//! ```text
+//!  operator:  observe the cluster ─► Fleet ─► rollout::plan ─► Plan { status, steps, wake }
+//!                                                 │               1. status is written, with the
+//!                                                 │                  resourceVersion it was read at
+//!                                                 │               2. then the steps are carried out
+//!  daemon:    observe the host ────► HostState ─► host::plan ─► HostPlan { step, report, wake }
+//! ```
+//!
+//! | module | decides |
+//! |---|---|
+//! | [`rollout`] | which node may be disrupted now, and what comes next for those that are |
+//! | [`drain`] | which pods of a node to evict, and what blocks |
+//! | [`status`] | what the OSImage says of all this |
+//! | [`host`] | the one next step of a host |
+//!
+//! Nothing here knows a clock, a network, a file or a thread. Time is an argument.
+#![deny(missing_docs)]
+
+pub mod drain;
+pub mod fleet;
+pub mod host;
+pub mod plan;
+pub mod rollout;
+pub mod status;
+
+pub use fleet::{Fleet, NodeView};
+pub use plan::{Hold, HoldReason, Plan, Step};
