@@ -46,7 +46,13 @@ pub struct Verdict<'a> {
 
 /// Sets one condition. The transition time changes only when true turns false or back, as the API
 /// conventions ask. Messages longer than the API allows are cut.
-pub fn set(conditions: &mut Conditions, kind: ConditionType, verdict: Verdict<'_>, generation: Option<i64>, now: Timestamp) {
+pub fn set(
+    conditions: &mut Conditions,
+    kind: ConditionType,
+    verdict: Verdict<'_>,
+    generation: Option<i64>,
+    now: Timestamp,
+) {
     const MAX_MESSAGE: usize = 1024;
     let status = if verdict.holds { "True" } else { "False" };
     let previous = conditions.iter().position(|c| c.type_ == kind.as_str());

@@ -27,7 +27,12 @@ use crate::{
     doc = "NodeOS is the conversation between the operator and the daemon of one node. The spec says what the node may do now; the status says what its daemon saw. It is made and removed by the operator.",
     printcolumn(name = "OSImage", type_ = "string", json_path = ".spec.osImage.name"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
-    printcolumn(name = "Version", type_ = "string", description = "Version of the booted deployment", json_path = ".status.booted.version"),
+    printcolumn(
+        name = "Version",
+        type_ = "string",
+        description = "Version of the booted deployment",
+        json_path = ".status.booted.version"
+    ),
     printcolumn(name = "Booted", type_ = "string", priority = 1, json_path = ".status.booted.commit"),
     printcolumn(name = "Target", type_ = "string", priority = 1, json_path = ".spec.image.ostree.commit"),
     printcolumn(name = "Progress", type_ = "string", json_path = ".status.pull.progress"),

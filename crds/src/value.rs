@@ -178,7 +178,9 @@ mod tests {
     fn a_commit_is_64_lower_case_hex_digits_and_nothing_else() {
         let good = "0123456789abcdef".repeat(4);
         assert_eq!(good.parse::<Commit>().unwrap().as_str(), good);
-        for bad in ["", "abc", &good[1..], &format!("{good}0"), &good.to_uppercase(), &good.replace('a', "g"), &"é".repeat(32)] {
+        for bad in
+            ["", "abc", &good[1..], &format!("{good}0"), &good.to_uppercase(), &good.replace('a', "g"), &"é".repeat(32)]
+        {
             assert!(bad.parse::<Commit>().is_err(), "{bad}");
         }
     }
