@@ -74,6 +74,12 @@ pub struct BudgetFacts {
     pub allowed: i32,
 }
 
+impl std::fmt::Display for PodFacts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Pod {}/{}", self.namespace, self.name)
+    }
+}
+
 impl Fleet {
     /// The commit that the OSImage asks for.
     pub fn commit(&self) -> &Commit {
