@@ -5,6 +5,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use osimage_crds::{Commit, NodeOS, OSImage, OSImageStatus, names, osimage::Slot};
 
 /// One OSImage and everything that its rollout depends on, as seen at one moment.
+///
+/// # What may be old
+/// * The OSImage, and Node and NodeOS of every node in a slot, are read from the API server itself, and at one
+///   version of the OSImage: read it, read those nodes, read it again, and begin anew if its resourceVersion has
+///   changed. A cache could otherwise show the boot before the one that the slot was taken in, which looks like a
+///   reboot.
+/// * Everything else may come from caches, if it is taken **before** the last read of the OSImage. Then the slot
+///   book is at least as new as the rest, and a write that carries an old resourceVersion fails; the other way
+///   round, an operator could act on a slot that another one has given back in between.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fleet {
     /// The OSImage, read from the API server itself (not from a cache), so that its slot book is fresh.
@@ -22,6 +31,8 @@ pub struct Fleet {
 pub struct NodeView {
     /// Its name.
     pub name: String,
+    /// resourceVersion of the Node as observed.
+    pub resource_version: String,
     /// Whether the Node object exists.
     pub exists: bool,
     /// Whether the OSImage's selector matches it.

@@ -2,6 +2,11 @@
 //!
 //! Called by the node daemon after every observation. Nothing in memory is an input: a daemon that is killed
 //! anywhere and started again decides the same. What must survive a reboot is in the [`Record`] on the host.
+//!
+//! # Assumption
+//! What the daemon hears of its NodeOS may be old, but never older than what it has heard before: its first list
+//! after a start is a quorum read, and a watch goes on from there. The operator relies on it when it takes a
+//! daemon's word that a withdrawn permit has been seen.
 
 use std::time::Duration;
 

@@ -38,19 +38,22 @@ pub enum Step {
     },
     /// Remove the NodeOS of a node that is no longer ours, on condition that it is still as it was read.
     DeleteNodeOS(Box<NodeOS>),
-    /// Cordon a node, saying in the same write that it was us.
+    /// Cordon a node, saying in the same write that it was us, on condition that the Node is still as it was
+    /// read: an operator with an old view must not cordon a node that another has given back meanwhile.
     Cordon {
         /// The node.
         node: String,
-        /// Value of the annotation.
+        /// Value of the annotation `osimage.dev/cordoned-by`.
         owner: String,
+        /// resourceVersion of the Node as observed; a conflict means: look again.
+        resource_version: String,
     },
-    /// Uncordon a node that we cordoned, removing the annotation in the same write.
+    /// Uncordon a node that we cordoned, removing the annotation in the same write, on the same condition.
     Uncordon {
         /// The node.
         node: String,
-        /// The annotation must still have this value.
-        owner: String,
+        /// resourceVersion of the Node as observed; a conflict means: look again.
+        resource_version: String,
     },
     /// Evict pods from a node.
     Evict {
@@ -123,6 +126,8 @@ pub enum HoldReason {
     NodeNotReady,
     /// `rollout.paused` is set.
     Paused,
+    /// As many nodes as may be are unavailable for causes that are not ours.
+    NodesUnavailable,
     /// As many nodes are unavailable as may be.
     BudgetSpent,
     /// As many nodes download as may at once.
@@ -152,6 +157,7 @@ impl HoldReason {
             HoldReason::OwnedByOther => "OwnedByOther",
             HoldReason::NodeNotReady => "NodeNotReady",
             HoldReason::Paused => "Paused",
+            HoldReason::NodesUnavailable => "NodesUnavailable",
             HoldReason::BudgetSpent => "BudgetSpent",
             HoldReason::PullQueued => "PullQueued",
             HoldReason::Pulling => "Pulling",
@@ -173,7 +179,8 @@ impl HoldReason {
             | HoldReason::DaemonSilent
             | HoldReason::OwnedByOther
             | HoldReason::NodeNotReady
-            | HoldReason::Paused => true,
+            | HoldReason::Paused
+            | HoldReason::NodesUnavailable => true,
             HoldReason::BudgetSpent
             | HoldReason::PullQueued
             | HoldReason::Pulling

@@ -239,7 +239,11 @@ impl<'a> Draft<'a> {
             return;
         }
         if !node.unschedulable {
-            self.steps.push(Step::Cordon { node: node.name.clone(), owner: self.fleet.owner() });
+            self.steps.push(Step::Cordon {
+                node: node.name.clone(),
+                owner: self.fleet.owner(),
+                resource_version: node.resource_version.clone(),
+            });
             self.hold(&node.name, HoldReason::Draining, "is being cordoned");
             return;
         }
@@ -394,7 +398,7 @@ impl<'a> Draft<'a> {
         let cordoned = node.cordoned_by.as_deref() == Some(self.fleet.owner().as_str());
         let released = node_os.spec.permit.is_none() && node_os.spec.released.as_ref() == Some(&slot.attempt);
         if cordoned {
-            self.steps.push(Step::Uncordon { node: node.name.clone(), owner: self.fleet.owner() });
+            self.uncordon(node);
         }
         if !released {
             self.update(node_os, Change::Release, |spec| {
@@ -406,6 +410,11 @@ impl<'a> Draft<'a> {
             self.hold(&node.name, HoldReason::Releasing, "is being given back");
             self.book.slots.push(slot);
         }
+    }
+
+    fn uncordon(&mut self, node: &NodeView) {
+        let (node, resource_version) = (node.name.clone(), node.resource_version.clone());
+        self.steps.push(Step::Uncordon { node, resource_version });
     }
 
     fn update(&mut self, node_os: &NodeOS, change: Change, edit: impl FnOnce(&mut NodeOSSpec)) {
@@ -504,11 +513,28 @@ impl<'a> Draft<'a> {
         }
         let max = resolve(&fleet.image.spec.rollout.max_unavailable, self.selected());
         for node in self.candidates() {
-            let in_slots = |name: &str| self.book.slots.iter().any(|s| s.node == name) || fleet.slot(name).is_some();
-            let down =
-                |n: &&NodeView| n.selected && n.exists && n.name != node.name && (n.unavailable() || in_slots(&n.name));
-            if fleet.nodes.values().filter(down).count() >= max {
-                self.hold(&node.name, HoldReason::BudgetSpent, format!("waits for its turn: {max} of the selected nodes may be unavailable at once (rollout.maxUnavailable)"));
+            let (ours, others) = self.down_beside(node);
+            if ours.len() + others.len() >= max {
+                let hold = match ours.is_empty() {
+                    true => whole(
+                        HoldReason::NodesUnavailable,
+                        format!(
+                            "{} of the selected nodes may be unavailable at once (rollout.maxUnavailable), and as many are, without us: {}",
+                            max,
+                            others.join(", ")
+                        ),
+                    ),
+                    false => Hold {
+                        node: Some(node.name.clone()),
+                        ..whole(
+                            HoldReason::BudgetSpent,
+                            format!(
+                                "waits for its turn: {max} of the selected nodes may be unavailable at once (rollout.maxUnavailable)"
+                            ),
+                        )
+                    },
+                };
+                self.holds.push(hold);
                 continue;
             }
             let Some(pods) = &node.pods else {
@@ -535,6 +561,22 @@ impl<'a> Draft<'a> {
         }
     }
 
+    /// Nodes other than this one that are down: in our slots, and for other causes.
+    fn down_beside(&self, node: &NodeView) -> (Vec<&'a str>, Vec<String>) {
+        let (mut ours, mut others) = (vec![], vec![]);
+        for other in self.fleet.nodes.values().filter(|n| n.exists && n.name != node.name) {
+            let in_slot =
+                self.book.slots.iter().any(|s| s.node == other.name) || self.fleet.slot(&other.name).is_some();
+            match other {
+                n if in_slot => ours.push(n.name.as_str()),
+                n if n.selected && !n.ready => others.push(format!("{} (not Ready)", n.name)),
+                n if n.selected && n.unschedulable => others.push(format!("{} (cordoned)", n.name)),
+                _ => {}
+            }
+        }
+        (ours, others)
+    }
+
     // ---- everything else ------------------------------------------------------------------------------
 
     /// NodeOS objects as they shall be, stray cordons of ours, and the end of a deletion.
@@ -549,7 +591,7 @@ impl<'a> Draft<'a> {
             }
             if node.exists && node.cordoned_by.as_deref() == Some(fleet.owner().as_str()) {
                 left_over = true;
-                self.steps.push(Step::Uncordon { node: node.name.clone(), owner: fleet.owner() });
+                self.uncordon(node);
                 continue;
             }
             let wanted = node.exists && node.selected && !fleet.deleting();

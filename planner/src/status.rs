@@ -43,7 +43,8 @@ pub fn status(fleet: &Fleet, book: OSImageStatus, holds: &[Hold], now: Timestamp
 
 fn count(fleet: &Fleet, book: &OSImageStatus) -> Counts {
     let in_slot = |n: &NodeView| book.slots.iter().any(|s| s.node == n.name);
-    let updated = |n: &&NodeView| n.booted() == Some(fleet.commit()) && !in_slot(n);
+    let failed = |n: &NodeView| book.failures.iter().any(|f| f.node == n.name && f.commit == *fleet.commit());
+    let updated = |n: &&NodeView| n.booted() == Some(fleet.commit()) && !in_slot(n) && !failed(n);
     let pulled = |n: &&NodeView| {
         let pulled = n.node_os.as_ref().and_then(|o| o.status.as_ref()).and_then(|s| s.pulled.as_ref());
         !updated(n) && !in_slot(n) && pulled == Some(fleet.commit())
@@ -179,6 +180,7 @@ const fn needs_a_person(reason: HoldReason) -> bool {
         | HoldReason::DaemonSilent
         | HoldReason::NodeNotReady
         | HoldReason::Paused
+        | HoldReason::NodesUnavailable
         | HoldReason::BudgetSpent
         | HoldReason::PullQueued
         | HoldReason::Pulling
