@@ -1,2 +1,22 @@
-//! Placeholder while the crate is laid out.
-fn main() {}
+//! `osimage-operator`: observes the cluster, asks the planner, carries out the steps.
+
+mod args;
+mod context;
+mod error;
+mod events;
+mod evict;
+mod execute;
+mod lease;
+mod metrics;
+mod observe;
+mod osimage_controller;
+mod publish;
+mod run;
+mod stores;
+
+use clap::Parser;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    run::run(args::Args::parse()).await
+}

@@ -1,0 +1,170 @@
+//! Carries out the steps of a plan, in order, until one fails. Each step is one write (or one round of
+//! evictions) and can be repeated.
+//!
+//! Every write is conditional on the version of the object that it was decided on:
+//! an operator that acts on an old view, because its cache is behind, because it was paused, or because another
+//! one leads by now, is refused by the API server. That is the safety argument, so there is no forced
+//! server-side apply here: it would let the stale one win.
+
+use k8s_openapi::api::core::v1::Node;
+use kube::{
+    Api, ResourceExt,
+    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+};
+use osimage_crds::{NodeOS, OSImage, names};
+use osimage_planner::{
+    Step,
+    plan::{Change, PodRef},
+};
+use serde_json::json;
+use tracing::info;
+
+use crate::{context::Context, error::ExecuteError, evict};
+
+/// What was done, for events and logs. A step that found everything as it shall be does nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Deed {
+    Cordoned { node: String },
+    Uncordoned { node: String },
+    Evicted { node: String, pods: Vec<PodRef> },
+    Changed { node: String, change: Change, commit: Option<String> },
+    Made { node: String },
+    Removed { node: String },
+    Held,
+    LetGo,
+}
+
+/// Carries out the steps until one fails or the lease is lost.
+pub async fn steps(ctx: &Context, image: &OSImage, steps: &[Step]) -> (Vec<Deed>, Result<(), ExecuteError>) {
+    let mut deeds = Vec::new();
+    for step in steps {
+        if !ctx.leads() {
+            break;
+        }
+        match carry_out(ctx, image, step, &mut deeds).await {
+            Ok(()) => {}
+            Err(error) => return (deeds, Err(error)),
+        }
+    }
+    (deeds, Ok(()))
+}
+
+async fn carry_out(ctx: &Context, image: &OSImage, step: &Step, deeds: &mut Vec<Deed>) -> Result<(), ExecuteError> {
+    let deed = match step {
+        Step::AddFinalizer => finalizer(ctx, image, true).await?,
+        Step::RemoveFinalizer => finalizer(ctx, image, false).await?,
+        Step::CreateNodeOS(object) => create(ctx, object).await?,
+        Step::UpdateNodeOS { object, change } => replace(ctx, object, *change).await?,
+        Step::DeleteNodeOS(object) => delete(ctx, object).await?,
+        Step::Cordon { node, owner, resource_version } => cordon(ctx, node, owner, resource_version).await?,
+        Step::Uncordon { node, resource_version } => uncordon(ctx, node, resource_version).await?,
+        Step::Evict { node, pods, grace_period_seconds } => {
+            let round = evict::round(&ctx.client, pods, *grace_period_seconds).await;
+            for (uid, refusal) in evict::answers(&round) {
+                ctx.refusals.note(&image.name_any(), uid, refusal.map(Into::into));
+            }
+            if !round.evicted.is_empty() {
+                deeds.push(Deed::Evicted { node: node.clone(), pods: round.evicted });
+            }
+            return round.failed.map_or(Ok(()), Err);
+        }
+    };
+    if let Some(deed) = deed {
+        info!(osimage = image.name_any(), ?deed, "done");
+        deeds.push(deed);
+    }
+    Ok(())
+}
+
+fn post() -> PostParams {
+    PostParams { field_manager: Some(names::OPERATOR_MANAGER.into()), ..PostParams::default() }
+}
+
+fn patch() -> PatchParams {
+    PatchParams { field_manager: Some(names::OPERATOR_MANAGER.into()), ..PatchParams::default() }
+}
+
+async fn finalizer(ctx: &Context, image: &OSImage, wanted: bool) -> Result<Option<Deed>, ExecuteError> {
+    let mut finalizers: Vec<&str> = image.finalizers().iter().map(String::as_str).collect();
+    finalizers.retain(|f| *f != names::FINALIZER);
+    if wanted {
+        finalizers.push(names::FINALIZER);
+    }
+    let body = json!({"metadata": {"resourceVersion": image.resource_version(), "finalizers": finalizers}});
+    let api: Api<OSImage> = Api::all(ctx.client.clone());
+    match api.patch_metadata(&image.name_any(), &patch(), &Patch::Merge(body)).await {
+        Ok(_) => Ok(Some(if wanted { Deed::Held } else { Deed::LetGo })),
+        Err(kube::Error::Api(status)) if status.is_not_found() && !wanted => Ok(None),
+        Err(error) => Err(ExecuteError::PatchFinalizer(error)),
+    }
+}
+
+async fn create(ctx: &Context, object: &NodeOS) -> Result<Option<Deed>, ExecuteError> {
+    let node = object.name_any();
+    let api: Api<NodeOS> = Api::all(ctx.client.clone());
+    match api.create(&post(), object).await {
+        Ok(_) => Ok(Some(Deed::Made { node })),
+        Err(source) => Err(ExecuteError::CreateNodeOS { node, source }),
+    }
+}
+
+/// A PUT with the resourceVersion inside the object: the whole spec is the operator's, and the server refuses it
+/// if anybody, the daemon with a report included, has written since it was read. So a permit can only ever be
+/// given on the strength of the latest report. The status is a subresource and stays as it is.
+async fn replace(ctx: &Context, object: &NodeOS, change: Change) -> Result<Option<Deed>, ExecuteError> {
+    let node = object.name_any();
+    if object.resource_version().is_none() {
+        return Err(ExecuteError::VersionMissing);
+    }
+    let api: Api<NodeOS> = Api::all(ctx.client.clone());
+    match api.replace(&node, &post(), object).await {
+        Ok(written) => {
+            let commit = written.spec.permit.map(|permit| permit.commit.short().to_owned());
+            Ok(Some(Deed::Changed { node, change, commit }))
+        }
+        Err(source) => Err(ExecuteError::ReplaceNodeOS { node, source }),
+    }
+}
+
+async fn delete(ctx: &Context, object: &NodeOS) -> Result<Option<Deed>, ExecuteError> {
+    let node = object.name_any();
+    let unchanged = Preconditions { uid: object.uid(), resource_version: object.resource_version() };
+    let params = DeleteParams::default().preconditions(unchanged);
+    let api: Api<NodeOS> = Api::all(ctx.client.clone());
+    match api.delete(&node, &params).await {
+        Ok(_) => Ok(Some(Deed::Removed { node })),
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(None),
+        Err(source) => Err(ExecuteError::DeleteNodeOS { node, source }),
+    }
+}
+
+/// Cordons and signs in one write: a cordon without a signature would never be taken away, a signature without a
+/// cordon would take away somebody else's.
+async fn cordon(ctx: &Context, name: &str, owner: &str, version: &str) -> Result<Option<Deed>, ExecuteError> {
+    let body = json!({
+        "metadata": {"resourceVersion": version, "annotations": {names::CORDONED_BY: owner}},
+        "spec": {"unschedulable": true},
+    });
+    match write(ctx, name, &body).await {
+        Ok(()) => Ok(Some(Deed::Cordoned { node: name.to_owned() })),
+        Err(source) => Err(ExecuteError::CordonNode { node: name.to_owned(), source }),
+    }
+}
+
+/// Takes away cordon and signature in one write. The planner has seen our signature at this version.
+async fn uncordon(ctx: &Context, name: &str, version: &str) -> Result<Option<Deed>, ExecuteError> {
+    let body = json!({
+        "metadata": {"resourceVersion": version, "annotations": {names::CORDONED_BY: null}},
+        "spec": {"unschedulable": null},
+    });
+    match write(ctx, name, &body).await {
+        Ok(()) => Ok(Some(Deed::Uncordoned { node: name.to_owned() })),
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(None),
+        Err(source) => Err(ExecuteError::UncordonNode { node: name.to_owned(), source }),
+    }
+}
+
+async fn write(ctx: &Context, name: &str, body: &serde_json::Value) -> Result<(), kube::Error> {
+    let api: Api<Node> = Api::all(ctx.client.clone());
+    api.patch(name, &patch(), &Patch::Merge(body)).await.map(drop)
+}

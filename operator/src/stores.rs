@@ -1,0 +1,367 @@
+//! What the watches saw, and which OSImages have to look again because of it.
+//!
+//! One watch per kind fills a store; a change that could matter to a decision wakes the OSImages it could
+//! matter to, after the store knows of it. The heartbeats of kubelets and the progress of downloads wake
+//! nobody. Wake-ups are gathered for a moment, so that a burst costs one pass.
+//!
+//! Why not `kube::runtime::Controller`: its watches of other kinds keep no store, so each kind would be watched
+//! twice, and a pass could run before the store knows what woke it; and its debounce starts again with every
+//! event, so that a fleet that reports all the time would never be looked at.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt::Debug,
+    hash::{DefaultHasher, Hash, Hasher},
+    time::Duration,
+};
+
+use futures::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
+use k8s_openapi::api::{core::v1::Node, policy::v1::PodDisruptionBudget};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    core::DeserializeGuard,
+    runtime::{
+        WatchStreamExt,
+        reflector::{self, ObjectRef, Store, store::Writer},
+        watcher::{self, Event, watcher},
+    },
+};
+use osimage_crds::{NodeOS, NodeOSStatus, OSImage};
+use osimage_planner::NodeView;
+use serde::de::DeserializeOwned;
+use tokio::{
+    sync::mpsc::{UnboundedReceiver, UnboundedSender},
+    time::{sleep, timeout},
+};
+use tracing::warn;
+
+use crate::observe;
+
+/// An object that may be malformed: one that is must not stop the watch of the others.
+pub type Guarded<K> = DeserializeGuard<K>;
+
+/// How long wake-ups are gathered. Counted from the first one, so that none waits longer.
+const GATHER: Duration = Duration::from_millis(300);
+
+/// The stores. Each may be a moment behind the API server; every write that is decided on them carries the
+/// version it was decided on.
+#[derive(Clone)]
+pub struct Stores {
+    /// OSImages, to know which exist; a pass reads its own from the API server.
+    pub images: Store<Guarded<OSImage>>,
+    /// NodeOS objects.
+    pub node_oses: Store<Guarded<NodeOS>>,
+    /// Nodes, without what nobody reads.
+    pub nodes: Store<Node>,
+    /// PodDisruptionBudgets.
+    pub budgets: Store<PodDisruptionBudget>,
+}
+
+/// Who has to look again.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wake {
+    /// This OSImage.
+    One(String),
+    /// Those that drain a node, or wait to.
+    Draining,
+    /// All of them.
+    All,
+}
+
+impl Stores {
+    /// Makes the stores, and what fills them: a future that runs until it is dropped. `wake` is told who has to
+    /// look again, `gone` which OSImages were deleted.
+    pub fn new(
+        client: &Client,
+        wake: UnboundedSender<Wake>,
+        gone: impl Fn(&str) + Send + 'static,
+    ) -> (Stores, BoxFuture<'static, ()>) {
+        let (images, image_writer) = reflector::store();
+        let (node_oses, node_os_writer) = reflector::store();
+        let (nodes, node_writer) = reflector::store();
+        let (budgets, budget_writer) = reflector::store();
+
+        // A receiver that is gone means that the process is ending.
+        let tell = move |who| drop(wake.send(who));
+        let (tell_images, tell_node_oses, tell_nodes, tell_budgets) = (tell.clone(), tell.clone(), tell.clone(), tell);
+
+        let follow_images = follow(Api::all(client.clone()), image_writer, trim_any, version, move |name, change| {
+            if change.is_end() {
+                gone(name);
+            }
+            tell_images(if change.is_end() { Wake::All } else { Wake::One(name.to_owned()) });
+        });
+        let follow_node_oses =
+            follow(Api::all(client.clone()), node_os_writer, trim_any, node_os_digest, move |_, change| {
+                node_os_wakes(change).into_iter().for_each(&tell_node_oses);
+            });
+        let follow_nodes =
+            follow(Api::all(client.clone()), node_writer, trim_node, node_digest, move |_, _| tell_nodes(Wake::All));
+        let follow_budgets = follow(Api::all(client.clone()), budget_writer, trim_any, budget_digest, move |_, _| {
+            tell_budgets(Wake::Draining)
+        });
+
+        let all = async move {
+            futures::join!(follow_images, follow_node_oses, follow_nodes, follow_budgets);
+        };
+        (Stores { images, node_oses, nodes, budgets }, all.boxed())
+    }
+
+    /// Waits until every store has been filled once.
+    pub async fn ready(&self) -> Result<(), reflector::store::WriterDropped> {
+        self.images.wait_until_ready().await?;
+        self.node_oses.wait_until_ready().await?;
+        self.nodes.wait_until_ready().await?;
+        self.budgets.wait_until_ready().await
+    }
+
+    /// Turns wake-ups into OSImages to look at.
+    pub fn queue(&self, wakes: UnboundedReceiver<Wake>) -> impl Stream<Item = ObjectRef<Guarded<OSImage>>> + use<> {
+        let images = self.images.clone();
+        stream::unfold(wakes, |mut wakes| async move {
+            let mut gathered = BTreeSet::from([wakes.recv().await?]);
+            // The store of OSImages may be behind the wake-up by as much as the gathering takes; one that is new
+            // wakes itself.
+            let _ = timeout(GATHER, async {
+                while let Some(wake) = wakes.recv().await {
+                    gathered.insert(wake);
+                }
+                sleep(GATHER).await;
+            })
+            .await;
+            Some((gathered, wakes))
+        })
+        .flat_map(move |gathered| stream::iter(resolve(&gathered, &images.state())))
+    }
+}
+
+/// Which of the OSImages are meant.
+fn resolve(wakes: &BTreeSet<Wake>, images: &[std::sync::Arc<Guarded<OSImage>>]) -> Vec<ObjectRef<Guarded<OSImage>>> {
+    let meant = |image: &Guarded<OSImage>| {
+        wakes.iter().any(|wake| match wake {
+            Wake::One(name) => *name == image.name_any(),
+            Wake::Draining => image.0.as_ref().is_ok_and(drains),
+            Wake::All => true,
+        })
+    };
+    images.iter().filter(|image| meant(image)).map(|image| ObjectRef::from_obj(image.as_ref())).collect()
+}
+
+/// Whether a PodDisruptionBudget can matter to it now.
+fn drains(image: &OSImage) -> bool {
+    image.status.as_ref().is_some_and(|status| {
+        !status.blockers.is_empty() || status.slots.iter().any(|s| s.permitted.is_none() && s.outcome.is_none())
+    })
+}
+
+// ---- following a kind -------------------------------------------------------------------------------------
+
+/// How an object changed, by its digest: what it was, what it is.
+struct Change<'a, D> {
+    old: Option<&'a D>,
+    new: Option<&'a D>,
+}
+
+impl<D> Change<'_, D> {
+    fn is_end(&self) -> bool {
+        self.new.is_none()
+    }
+}
+
+/// Keeps the store of one kind, for ever. `digest` reduces an object to what decisions can depend on; `changed`
+/// is told when that is another than before, and only after the store knows.
+async fn follow<K, D>(
+    api: Api<K>,
+    mut store: Writer<K>,
+    trim: fn(&mut K),
+    digest: fn(&K) -> D,
+    mut changed: impl FnMut(&str, Change<'_, D>),
+) where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+    D: PartialEq,
+{
+    let mut known: HashMap<ObjectRef<K>, D> = HashMap::new();
+    let mut fresh: HashMap<ObjectRef<K>, D> = HashMap::new();
+    let mut events = Box::pin(watcher(api, watcher::Config::default()).default_backoff().modify(trim));
+    while let Some(event) = events.next().await {
+        let event = match event {
+            Ok(event) => event,
+            Err(error) => {
+                let error = crate::error::chain(&error);
+                warn!(kind = %K::kind(&()), error, "a watch failed; trying again");
+                continue;
+            }
+        };
+        store.apply_watcher_event(&event);
+        match event {
+            Event::Init => fresh.clear(),
+            Event::InitApply(object) => {
+                fresh.insert(ObjectRef::from_obj(&object), digest(&object));
+            }
+            Event::InitDone => {
+                let before = std::mem::replace(&mut known, std::mem::take(&mut fresh));
+                for (key, old) in before.iter().filter(|(key, _)| !known.contains_key(key)) {
+                    changed(&key.name, Change { old: Some(old), new: None });
+                }
+                for (key, new) in &known {
+                    let old = before.get(key);
+                    if old != Some(new) {
+                        changed(&key.name, Change { old, new: Some(new) });
+                    }
+                }
+            }
+            Event::Apply(object) => {
+                let key = ObjectRef::from_obj(&object);
+                let new = digest(&object);
+                let old = known.get(&key);
+                if old != Some(&new) {
+                    changed(&key.name, Change { old, new: Some(&new) });
+                    known.insert(key, new);
+                }
+            }
+            Event::Delete(object) => {
+                let key = ObjectRef::from_obj(&object);
+                let old = known.remove(&key);
+                changed(&key.name, Change { old: old.as_ref(), new: None });
+            }
+        }
+    }
+}
+
+// ---- what matters of each kind ----------------------------------------------------------------------------
+
+fn trim_any<K: Resource>(object: &mut K) {
+    object.meta_mut().managed_fields = None;
+}
+
+fn trim_node(node: &mut Node) {
+    trim_any(node);
+    if let Some(status) = &mut node.status {
+        status.images = None;
+        status.volumes_attached = None;
+        status.volumes_in_use = None;
+    }
+}
+
+fn version<K: Resource>(object: &K) -> Option<String> {
+    object.meta().resource_version.clone()
+}
+
+/// What decisions read of a Node.
+type NodeDigest = (NodeView, BTreeMap<String, String>);
+
+fn node_digest(node: &Node) -> NodeDigest {
+    (NodeView { resource_version: String::new(), ..observe::node_view(node) }, node.labels().clone())
+}
+
+fn budget_digest(budget: &PodDisruptionBudget) -> (Option<String>, i32) {
+    let selector = budget.spec.as_ref().and_then(|spec| spec.selector.as_ref());
+    (selector.map(|selector| format!("{selector:?}")), observe::disruptions_allowed(budget))
+}
+
+/// What decisions read of a NodeOS, and whose it is.
+#[derive(Debug, PartialEq)]
+struct NodeOSDigest {
+    owner: Option<String>,
+    content: u64,
+}
+
+/// Leaves out how far a download is, and the line for people that repeats it.
+fn node_os_digest(object: &Guarded<NodeOS>) -> NodeOSDigest {
+    let mut hasher = DefaultHasher::new();
+    match &object.0 {
+        Ok(node_os) => {
+            let status = node_os.status.clone().map(|s| NodeOSStatus { pull: None, message: String::new(), ..s });
+            let meta = &node_os.metadata;
+            let content =
+                serde_json::to_string(&(&node_os.spec, status, &meta.uid, &meta.generation, &meta.deletion_timestamp));
+            content.unwrap_or_default().hash(&mut hasher);
+            NodeOSDigest { owner: Some(node_os.spec.os_image.name.clone()), content: hasher.finish() }
+        }
+        Err(invalid) => {
+            warn!(node = ?invalid.metadata.name, error = invalid.error, "a NodeOS cannot be read; its node is left alone");
+            invalid.error.hash(&mut hasher);
+            NodeOSDigest { owner: None, content: hasher.finish() }
+        }
+    }
+}
+
+/// A change concerns the OSImage that owns the NodeOS, before and after; a node that becomes free, or whose
+/// NodeOS cannot be read, may concern any.
+fn node_os_wakes(change: Change<'_, NodeOSDigest>) -> Vec<Wake> {
+    let owner = |digest: Option<&NodeOSDigest>| digest.and_then(|d| d.owner.clone());
+    match (owner(change.old), owner(change.new)) {
+        (_, None) => vec![Wake::All],
+        (Some(old), Some(new)) if old != new => vec![Wake::One(old), Wake::One(new)],
+        (_, Some(new)) => vec![Wake::One(new)],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::{
+        api::core::v1::{NodeCondition, NodeStatus},
+        apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
+        jiff::Timestamp,
+    };
+    use osimage_crds::{
+        NodeOSSpec,
+        nodeos::{OSImageRef, Pull},
+    };
+
+    use super::*;
+
+    fn node(ready: &str, beat: i64) -> Node {
+        let condition = NodeCondition {
+            type_: "Ready".into(),
+            status: ready.into(),
+            last_heartbeat_time: Some(Time(Timestamp::from_second(beat).unwrap())),
+            ..NodeCondition::default()
+        };
+        let status = NodeStatus { conditions: Some(vec![condition]), ..NodeStatus::default() };
+        Node { status: Some(status), ..Node::default() }
+    }
+
+    #[test]
+    fn a_heartbeat_is_no_change_of_a_node() {
+        assert!(node_digest(&node("True", 1)) == node_digest(&node("True", 2)));
+        assert!(node_digest(&node("True", 1)) != node_digest(&node("False", 1)));
+        let mut labelled = node("True", 1);
+        labelled.metadata.labels = Some(BTreeMap::from([("pool".into(), "a".into())]));
+        assert!(node_digest(&node("True", 1)) != node_digest(&labelled));
+    }
+
+    fn node_os(owner: &str, status: NodeOSStatus) -> NodeOSDigest {
+        let spec = NodeOSSpec {
+            os_image: OSImageRef { name: owner.into(), uid: "u".into() },
+            image: None,
+            may_pull: false,
+            health: Default::default(),
+            permit: None,
+            released: None,
+        };
+        let object = NodeOS { metadata: ObjectMeta::default(), spec, status: Some(status) };
+        node_os_digest(&DeserializeGuard(Ok(object)))
+    }
+
+    #[test]
+    fn progress_of_a_download_is_no_change_of_a_nodeos() {
+        let at = |bytes| NodeOSStatus {
+            pull: Some(Pull { bytes, ..Pull::default() }),
+            message: format!("{bytes} bytes"),
+            ..NodeOSStatus::default()
+        };
+        assert_eq!(node_os("a", at(1)), node_os("a", at(2)));
+        let booted = NodeOSStatus { boot_id: Some("b".into()), ..at(1) };
+        assert_ne!(node_os("a", at(1)), node_os("a", booted));
+    }
+
+    #[test]
+    fn a_nodeos_wakes_its_owners_and_a_free_node_wakes_all() {
+        let (a, b) = (node_os("a", NodeOSStatus::default()), node_os("b", NodeOSStatus::default()));
+        let wakes = |old, new| node_os_wakes(Change { old, new });
+        assert_eq!(wakes(None, Some(&a)), [Wake::One("a".into())]);
+        assert_eq!(wakes(Some(&a), Some(&b)), [Wake::One("a".into()), Wake::One("b".into())]);
+        assert_eq!(wakes(Some(&a), None), [Wake::All]);
+    }
+}
