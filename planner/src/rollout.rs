@@ -217,24 +217,18 @@ impl<'a> Draft<'a> {
         self.book.slots.push(slot);
     }
 
-    /// Why a slot that has not been permitted is not wanted any more.
-    fn unwanted(&self, slot: &Slot, node: &NodeView) -> Option<&'static str> {
-        if self.fleet.deleting() {
-            Some("the OSImage is being deleted")
-        } else if !node.selected {
-            Some("the node is no longer selected")
-        } else if slot.commit != *self.fleet.commit() {
-            Some("the OSImage asks for another commit")
-        } else if self.rejected(&slot.commit).is_some() {
-            Some("the commit was rejected")
-        } else {
-            None
-        }
+    /// Whether a slot that has not been permitted is not wanted any more.
+    fn unwanted(&self, slot: &Slot, node: &NodeView) -> bool {
+        let other_commit = slot.commit != *self.fleet.commit();
+        self.fleet.deleting() || !node.selected || other_commit || self.rejected(&slot.commit).is_some()
     }
 
     fn before_permit(&mut self, slot: &mut Slot, node: &NodeView, node_os: &NodeOS) {
-        let status = node_os.status.as_ref();
-        if self.unwanted(slot, node).is_some() {
+        // The slot may have been taken by an old view: a node that does not hold the commit cannot go on.
+        let pulled = node_os.status.as_ref().and_then(|s| s.pulled.as_ref()) == Some(&slot.commit);
+        let assigned = commit_of(&node_os.spec) == Some(&slot.commit) && node_os.spec.os_image.uid == self.fleet.uid();
+        let dropped = !assigned || (node.daemon_is_current() && !pulled);
+        if dropped || self.unwanted(slot, node) {
             slot.outcome = Some(SlotOutcome::Cancelled);
             return;
         }
@@ -268,8 +262,7 @@ impl<'a> Draft<'a> {
             self.holds.extend(verdict.blocked.into_iter().chain(verdict.refused));
             return;
         }
-        let holds_it = status.and_then(|s| s.pulled.as_ref()) == Some(&slot.commit);
-        if !holds_it || !node.daemon_is_current() || !node.boots_agree() {
+        if !pulled || !node.daemon_is_current() || !node.boots_agree() {
             self.hold(
                 &node.name,
                 HoldReason::DaemonSilent,
