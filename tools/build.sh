@@ -5,12 +5,15 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 if [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
-  [ -x "$KUBEBUILDER_ASSETS/kube-apiserver" ] || { echo "KUBEBUILDER_ASSETS=$KUBEBUILDER_ASSETS holds no kube-apiserver" >&2; exit 1; }
+  for tool in etcd kube-apiserver kube-controller-manager kube-scheduler kubectl helm; do
+    [ -x "$KUBEBUILDER_ASSETS/$tool" ] || { echo "KUBEBUILDER_ASSETS=$KUBEBUILDER_ASSETS lacks $tool: add it, or unset the variable to build all" >&2; exit 1; }
+  done
   echo "$KUBEBUILDER_ASSETS"; exit 0
 fi
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/osimage-operator
 key=$(cat "$here"/*/go.mod "$here"/*/go.sum | sha256sum | cut -c1-16)
 bin=$cache/kube-$key
+command -v go > /dev/null || PATH=$cache/go/bin:$PATH   # where tools/setup.sh puts it
 if [ ! -e "$bin/complete" ]; then
   mkdir -p "$bin"
   exec 9>"$bin/lock"; flock 9          # two make calls at once: the second waits and finds it done
@@ -21,9 +24,9 @@ if [ ! -e "$bin/complete" ]; then
     for p in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
       ld="$ld -X $p.gitVersion=$v -X $p.gitMajor=1 -X $p.gitMinor=$minor -X $p.gitCommit=unknown -X $p.gitTreeState=archive -X $p.buildDate=1970-01-01T00:00:00Z"
     done
-    n=0; export CGO_ENABLED=0
+    n=0; note="(once; all eight together take 6 to 20 minutes on 2 cores)"; export CGO_ENABLED=0
     build() { # module folder, package, output, linker flags
-      n=$((n + 1)); echo "[$n/8] building $3 (once; all eight take 4 to 20 minutes on 2 cores, the first half of that)" >&2
+      n=$((n + 1)); echo "[$n/8] building $3 $note" >&2
       [ -x "$bin/$3" ] || (cd "$here/$1" && go build -trimpath -ldflags "$4" -o "$bin/$3" "$2")
     }
     for t in kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl; do
