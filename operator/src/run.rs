@@ -1,14 +1,6 @@
 //! Puts the process together: client, watches, controller, lease, admin endpoint; and takes it down in order.
 
-use std::{
-    convert::Infallible,
-    future::pending,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{convert::Infallible, future::pending, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use futures::{FutureExt, StreamExt};
@@ -58,8 +50,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let (stores, following) = Stores::new(&client, wake.clone(), move |image| gone.forget(image));
     tokio::spawn(following);
     let (lead, leading) = watch::channel(!args.leader_elect);
-    let ready = readiness(&stores);
-    let serving = admin::serve(&args.metrics_address, registry, move || ready.load(Ordering::Relaxed));
+    let seen = stores.clone();
+    let serving = admin::serve(&args.metrics_address, registry, move || seen.is_ready());
     let (controller_ended, ended) = oneshot::channel::<()>();
     let election = args.leader_elect.then(|| lease::Election {
         api: Api::namespaced(client.clone(), &namespace),
@@ -92,19 +84,6 @@ fn default_identity() -> String {
     format!("{}-{}", host.trim(), std::process::id())
 }
 
-/// Becomes true when every store has been filled once.
-fn readiness(stores: &Stores) -> Arc<AtomicBool> {
-    let ready = Arc::new(AtomicBool::new(false));
-    let (flag, stores) = (ready.clone(), stores.clone());
-    tokio::spawn(async move {
-        if stores.ready().await.is_ok() {
-            info!("has seen the cluster");
-            flag.store(true, Ordering::Relaxed);
-        }
-    });
-    ready
-}
-
 /// Holds the lease until the controller has ended; without an election, only keeps the answer.
 fn elect(election: Option<lease::Election>, lead: watch::Sender<bool>, ended: oneshot::Receiver<()>) -> JoinHandle<()> {
     let stop = ended.map(drop);
@@ -135,7 +114,11 @@ async fn follow_lead(mut leading: watch::Receiver<bool>, metrics: Metrics, wake:
 
 /// Runs passes until the process is told to stop and those under way have ended.
 async fn control(ctx: Arc<Context>, stores: Stores, wakes: mpsc::UnboundedReceiver<Wake>) {
-    let (stopping, mut stopped) = watch::channel(false);
+    let (stopping, stopped) = watch::channel(false);
+    let stopped = || {
+        let mut stopped = stopped.clone();
+        async move { drop(stopped.wait_for(|stopping| *stopping).await) }
+    };
     let stop = async move {
         let signal = shutdown::signal().await;
         info!(signal, "stops");
@@ -143,10 +126,8 @@ async fn control(ctx: Arc<Context>, stores: Stores, wakes: mpsc::UnboundedReceiv
         sleep(STOP_PATIENCE).await;
         warn!("a pass did not end in time");
     };
-    let queue = stores
-        .queue(wakes)
-        .map(Ok::<ObjectRef<Guarded<OSImage>>, Infallible>)
-        .take_until(async move { drop(stopped.wait_for(|stopping| *stopping).await) });
+    let queue = stores.queue(wakes).map(Ok::<ObjectRef<Guarded<OSImage>>, Infallible>).take_until(stopped());
+    let filled = stores.clone();
     let passes = applier(
         |seen, ctx| reconcile(seen, ctx).boxed(),
         error_policy,
@@ -160,8 +141,16 @@ async fn control(ctx: Arc<Context>, stores: Stores, wakes: mpsc::UnboundedReceiv
             debug!(%object, "is gone");
         }
     });
+    let until_stopped = stopped();
+    let act = async move {
+        tokio::select! {
+            () = filled.ready() => info!("has seen the cluster"),
+            () = until_stopped => return,
+        }
+        passes.await;
+    };
     tokio::select! {
-        () = passes => {}
+        () = act => {}
         () = stop => {}
     }
 }

@@ -30,7 +30,10 @@ use osimage_crds::{NodeOS, NodeOSStatus, OSImage};
 use osimage_planner::NodeView;
 use serde::de::DeserializeOwned;
 use tokio::{
-    sync::mpsc::{UnboundedReceiver, UnboundedSender},
+    sync::{
+        mpsc::{UnboundedReceiver, UnboundedSender},
+        watch,
+    },
     time::{sleep, timeout},
 };
 use tracing::warn;
@@ -55,7 +58,12 @@ pub struct Stores {
     pub nodes: Store<Node>,
     /// PodDisruptionBudgets.
     pub budgets: Store<PodDisruptionBudget>,
+    /// How many of the stores have been filled.
+    filled: watch::Receiver<usize>,
 }
+
+/// Stores that there are.
+const KINDS: usize = 4;
 
 /// Who has to look again.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,38 +89,38 @@ impl Stores {
         let (nodes, node_writer) = reflector::store();
         let (budgets, budget_writer) = reflector::store();
 
-        // A receiver that is gone means that the process is ending.
-        let tell = move |who| drop(wake.send(who));
-        let (tell_images, tell_node_oses, tell_nodes, tell_budgets) = (tell.clone(), tell.clone(), tell.clone(), tell);
-
-        let follow_images = follow(Api::all(client.clone()), image_writer, trim_any, version, move |name, change| {
-            if change.is_end() {
-                gone(name);
-            }
-            tell_images(if change.is_end() { Wake::All } else { Wake::One(name.to_owned()) });
-        });
-        let follow_node_oses =
-            follow(Api::all(client.clone()), node_os_writer, trim_any, node_os_digest, move |_, change| {
-                node_os_wakes(change).into_iter().for_each(&tell_node_oses);
+        let (filling, filled) = watch::channel(0);
+        let source = Source { client: client.clone(), wake, filled: filling };
+        let follow_images =
+            follow(source.clone(), image_writer, trim_any, version, move |name, change| match change.new {
+                Some(_) => vec![Wake::One(name.to_owned())],
+                None => {
+                    gone(name);
+                    vec![Wake::All]
+                }
             });
-        let follow_nodes =
-            follow(Api::all(client.clone()), node_writer, trim_node, node_digest, move |_, _| tell_nodes(Wake::All));
-        let follow_budgets = follow(Api::all(client.clone()), budget_writer, trim_any, budget_digest, move |_, _| {
-            tell_budgets(Wake::Draining)
-        });
-
+        let follow_node_oses =
+            follow(source.clone(), node_os_writer, trim_any, node_os_digest, |_, change| node_os_wakes(change));
+        let follow_nodes = follow(source.clone(), node_writer, trim_node, node_digest, |_, _| vec![Wake::All]);
+        let follow_budgets = follow(source, budget_writer, trim_any, budget_digest, |_, _| vec![Wake::Draining]);
         let all = async move {
             futures::join!(follow_images, follow_node_oses, follow_nodes, follow_budgets);
         };
-        (Stores { images, node_oses, nodes, budgets }, all.boxed())
+        (Stores { images, node_oses, nodes, budgets, filled }, all.boxed())
     }
 
-    /// Waits until every store has been filled once.
-    pub async fn ready(&self) -> Result<(), reflector::store::WriterDropped> {
-        self.images.wait_until_ready().await?;
-        self.node_oses.wait_until_ready().await?;
-        self.nodes.wait_until_ready().await?;
-        self.budgets.wait_until_ready().await
+    /// Waits until every store has been filled once. Nothing may be decided before: a node that is not there yet
+    /// would count as gone.
+    ///
+    /// Not by `Store::wait_until_ready`: in kube 5.0, of several tasks that wait for one store only the last wakes.
+    pub async fn ready(&self) {
+        // An error means that what fills the stores has ended, and so has everything.
+        let _ = self.filled.clone().wait_for(|n| *n == KINDS).await;
+    }
+
+    /// Whether every store has been filled once.
+    pub fn is_ready(&self) -> bool {
+        *self.filled.borrow() == KINDS
     }
 
     /// Turns wake-ups into OSImages to look at.
@@ -162,27 +170,36 @@ struct Change<'a, D> {
     new: Option<&'a D>,
 }
 
-impl<D> Change<'_, D> {
-    fn is_end(&self) -> bool {
-        self.new.is_none()
-    }
+/// What following a kind needs, whatever the kind.
+#[derive(Clone)]
+struct Source {
+    client: Client,
+    /// Told who has to look again. A receiver that is gone means that the process is ending.
+    wake: UnboundedSender<Wake>,
+    /// Counts the stores that have been filled.
+    filled: watch::Sender<usize>,
 }
 
-/// Keeps the store of one kind, for ever. `digest` reduces an object to what decisions can depend on; `changed`
-/// is told when that is another than before, and only after the store knows.
+/// Keeps the store of one kind, for ever. `digest` reduces an object to what decisions can depend on; when that is
+/// another than before, and after the store knows of it, those are woken whom it `affects`.
 async fn follow<K, D>(
-    api: Api<K>,
+    source: Source,
     mut store: Writer<K>,
     trim: fn(&mut K),
     digest: fn(&K) -> D,
-    mut changed: impl FnMut(&str, Change<'_, D>),
+    affects: impl Fn(&str, Change<'_, D>) -> Vec<Wake>,
 ) where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
     D: PartialEq,
 {
+    let Source { client, wake, filled } = source;
+    let changed = move |name: &str, change: Change<'_, D>| {
+        affects(name, change).into_iter().for_each(|who| drop(wake.send(who)));
+    };
+    let mut events = watcher(Api::all(client), watcher::Config::default()).default_backoff().modify(trim).boxed();
+    let mut first = true;
     let mut known: HashMap<ObjectRef<K>, D> = HashMap::new();
     let mut fresh: HashMap<ObjectRef<K>, D> = HashMap::new();
-    let mut events = Box::pin(watcher(api, watcher::Config::default()).default_backoff().modify(trim));
     while let Some(event) = events.next().await {
         let event = match event {
             Ok(event) => event,
@@ -199,6 +216,9 @@ async fn follow<K, D>(
                 fresh.insert(ObjectRef::from_obj(&object), digest(&object));
             }
             Event::InitDone => {
+                if std::mem::take(&mut first) {
+                    filled.send_modify(|n| *n += 1);
+                }
                 let before = std::mem::replace(&mut known, std::mem::take(&mut fresh));
                 for (key, old) in before.iter().filter(|(key, _)| !known.contains_key(key)) {
                     changed(&key.name, Change { old: Some(old), new: None });
