@@ -1,6 +1,8 @@
 //! The generated files are what the types say, and the examples are what the types accept.
 //! `UPDATE=1 cargo test -p osimage-crds` writes the generated files.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests may panic, too
+
 use std::{fs, path::Path};
 
 use kube::CustomResourceExt;

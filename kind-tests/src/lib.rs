@@ -12,6 +12,7 @@
 //! | [`host`] | a machine booted from an OSTree deployment: boot loader, init, shutdown, power cut |
 //! | [`daemon`] | the node daemon's container on such a host |
 //! | [`bed`] | all of it, wired together |
+//! | [`product`] | the chart and the shipped binaries on a bed |
 //! | [`process`], [`scratch`] | nothing outlives the test |
 
 #![allow(clippy::print_stderr)]
@@ -25,6 +26,7 @@ pub mod host;
 pub mod kubelet;
 pub mod pki;
 pub mod process;
+pub mod product;
 pub mod repo;
 pub mod scratch;
 pub mod server;

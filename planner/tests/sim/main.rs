@@ -3,7 +3,7 @@
 //!
 //! A seed decides everything. `SIM_SEEDS=10000 SIM_FIRST=1 cargo test -p osimage-planner --test sim` runs more;
 //! a failing seed prints its trace, and `SIM_FIRST=<seed> SIM_SEEDS=1` plays it again.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::disallowed_methods)]
 
 mod api;
 mod host;

@@ -1,0 +1,377 @@
+//! Rollout decisions, row by row. The course of whole rollouts is the simulator's; here is what it cannot tell: which
+//! hold is named, what a message says, what is counted.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use k8s_openapi::{
+    apimachinery::pkg::{
+        apis::meta::v1::{LabelSelector, ObjectMeta, Time},
+        util::intstr::IntOrString,
+    },
+    jiff::Timestamp,
+};
+use osimage_crds::{
+    AttemptId, Commit, ConditionType, NodeOS, NodeOSSpec, NodeOSStatus, OSImage, OSImageSpec, OSImageStatus, Period,
+    condition, names,
+    nodeos::{Attempt, AttemptState, Deployment, OSImageRef, Outcome, Problem, ProblemReason},
+    osimage::{Drain, Failure, Health, Image, OSTreeImage, Phase, Reboot, Rollout, Slot, SlotOutcome, Verification},
+};
+use osimage_planner::{
+    Fleet, HoldReason, NodeView, Plan, Step,
+    fleet::{BudgetFacts, PodFacts},
+    plan::Change,
+    rollout,
+};
+
+const UID: &str = "0a1b2c3d-1111";
+
+fn commit(digit: char) -> Commit {
+    digit.to_string().repeat(64).parse().unwrap()
+}
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+fn image() -> OSImage {
+    let verification = Verification { gpg: None, insecure_skip: Some(true) };
+    let ostree = OSTreeImage { url: "http://r".into(), remote: None, ref_: None, commit: commit('2'), verification };
+    let mut image = OSImage::new(
+        "fleet",
+        OSImageSpec {
+            image: Image { ostree },
+            node_selector: LabelSelector::default(),
+            rollout: Rollout::default(),
+            drain: Drain::default(),
+            reboot: Reboot { timeout: Period::seconds(60) },
+            health: Health { deadline: Period::seconds(60), soak: Period::seconds(3), checks: vec![] },
+        },
+    );
+    image.metadata = ObjectMeta {
+        name: Some("fleet".into()),
+        uid: Some(UID.into()),
+        generation: Some(3),
+        finalizers: Some(vec![names::FINALIZER.into()]),
+        ..ObjectMeta::default()
+    };
+    image
+}
+
+/// A Ready node that holds the new commit and waits for its turn.
+fn node(name: &str) -> NodeView {
+    let mut remote = image().spec.image;
+    remote.ostree.remote = Some("fleet".into());
+    let mut node_os = NodeOS::new(
+        name,
+        NodeOSSpec {
+            os_image: OSImageRef { name: "fleet".into(), uid: UID.into() },
+            image: Some(remote),
+            may_pull: true,
+            health: image().spec.health,
+            permit: None,
+            released: None,
+        },
+    );
+    node_os.metadata.generation = Some(1);
+    node_os.status = Some(NodeOSStatus {
+        observed_generation: Some(1),
+        boot_id: Some("boot-1".into()),
+        booted: Some(Deployment { commit: commit('1'), version: None, pinned: false }),
+        pulled: Some(commit('2')),
+        ..NodeOSStatus::default()
+    });
+    NodeView {
+        name: name.into(),
+        exists: true,
+        selected: true,
+        ready: true,
+        boot_id: "boot-1".into(),
+        node_os: Some(node_os),
+        pods: Some(vec![]),
+        ..NodeView::default()
+    }
+}
+
+fn status(node: &mut NodeView) -> &mut NodeOSStatus {
+    node.node_os.as_mut().unwrap().status.as_mut().unwrap()
+}
+
+fn updated(name: &str) -> NodeView {
+    let mut node = node(name);
+    status(&mut node).booted.as_mut().unwrap().commit = commit('2');
+    node
+}
+
+fn slot(node: &str) -> Slot {
+    Slot {
+        node: node.into(),
+        attempt: AttemptId("0a1b2c3d-1".into()),
+        commit: commit('2'),
+        boot_id: "boot-1".into(),
+        since: Time(at(0)),
+        permitted: None,
+        withdrawn: None,
+        outcome: None,
+    }
+}
+
+fn fleet(nodes: impl IntoIterator<Item = NodeView>) -> Fleet {
+    Fleet {
+        image: image(),
+        existing_images: BTreeSet::from([UID.to_owned()]),
+        nodes: nodes.into_iter().map(|n| (n.name.clone(), n)).collect(),
+        refusals: BTreeMap::new(),
+    }
+}
+
+fn with_status(mut fleet: Fleet, status: OSImageStatus) -> Fleet {
+    fleet.image.status = Some(status);
+    fleet
+}
+
+fn in_slot(node: NodeView, slot: Slot) -> Fleet {
+    with_status(fleet([node]), OSImageStatus { slots: vec![slot], attempts: 1, ..OSImageStatus::default() })
+}
+
+fn slots(plan: &Plan) -> Vec<&str> {
+    plan.status.slots.iter().map(|s| s.node.as_str()).collect()
+}
+
+fn reasons(plan: &Plan) -> Vec<HoldReason> {
+    plan.holds.iter().map(|h| h.reason).collect()
+}
+
+fn degraded(plan: &Plan) -> (bool, &str) {
+    let found = condition::find(&plan.status.conditions, ConditionType::Degraded).unwrap();
+    (found.status == "True", found.reason.as_str())
+}
+
+#[test]
+fn one_node_is_started_before_anything_is_done_to_it() {
+    let plan = rollout::plan(&fleet([node("a"), node("b"), node("c")]), at(10));
+    assert_eq!(slots(&plan), ["a"]);
+    assert_eq!(plan.steps, [], "the slot is written first; the next pass acts on it");
+    assert_eq!(plan.status.slots[0].attempt.0, "0a1b2c3d-1");
+    let next = rollout::plan(&with_status(fleet([node("a"), node("b"), node("c")]), plan.status), at(11));
+    assert!(
+        matches!(&next.steps[..], [Step::Cordon { node, owner, .. }] if node == "a" && owner == &format!("fleet@{UID}"))
+    );
+}
+
+#[test]
+fn the_budget_counts_every_node_that_is_down_for_any_cause() {
+    let mut rows = vec![];
+    for (fact, edit) in [
+        ("not Ready", (|n: &mut NodeView| n.ready = false) as fn(&mut NodeView)),
+        ("cordoned by a person", |n| n.unschedulable = true),
+    ] {
+        let mut down = updated("z");
+        edit(&mut down);
+        rows.push((fact, down));
+    }
+    for (fact, down) in rows {
+        let plan = rollout::plan(&fleet([node("a"), down]), at(10));
+        assert_eq!(slots(&plan), Vec::<&str>::new(), "{fact}");
+        assert_eq!(plan.status.blockers[0].reason, "NodesUnavailable", "{fact}");
+        assert!(plan.status.message.contains("z ("), "the node is named: {}", plan.status.message);
+    }
+}
+
+#[test]
+fn budgets_round_down_and_are_never_zero() {
+    for (budget, nodes, expected) in [
+        (IntOrString::Int(3), 10, 3),
+        (IntOrString::String("10%".into()), 50, 5),
+        (IntOrString::String("10%".into()), 19, 1),
+        (IntOrString::String("10%".into()), 3, 1),
+        (IntOrString::String("100%".into()), 7, 7),
+    ] {
+        assert_eq!(rollout::resolve(&budget, nodes), expected, "{budget:?} of {nodes}");
+    }
+}
+
+#[test]
+fn a_node_that_cannot_be_drained_is_not_disturbed_and_another_is_tried() {
+    let budgets = vec![BudgetFacts { name: "db".into(), allowed: 0 }];
+    let pod =
+        PodFacts { namespace: "prod".into(), name: "db-0".into(), uid: "u".into(), budgets, ..PodFacts::default() };
+    let blocked = NodeView { pods: Some(vec![pod]), ..node("a") };
+    let plan = rollout::plan(&fleet([blocked.clone(), node("b")]), at(10));
+    assert_eq!(slots(&plan), ["b"]);
+    let alone = rollout::plan(&fleet([blocked]), at(10));
+    assert_eq!((slots(&alone), alone.status.phase), (vec![], Some(Phase::Waiting)));
+    let blocker = &alone.status.blockers[0];
+    assert_eq!(
+        (blocker.reason.as_str(), blocker.object.as_deref()),
+        ("DrainBlocked", Some("PodDisruptionBudget prod/db"))
+    );
+    assert!(blocker.message.contains("Pod prod/db-0"));
+    assert!(alone.wake.is_some(), "budgets are looked at again");
+}
+
+#[test]
+fn paused_starts_nothing_and_finishes_what_is_in_flight() {
+    let mut paused = in_slot(NodeView { unschedulable: true, ..node("a") }, slot("a"));
+    paused.nodes.insert("b".into(), node("b"));
+    paused.image.spec.rollout.paused = true;
+    let plan = rollout::plan(&paused, at(10));
+    assert_eq!(slots(&plan), ["a"]);
+    assert!(plan.status.slots[0].permitted.is_some(), "goes on");
+    assert!(reasons(&plan).contains(&HoldReason::Paused));
+}
+
+#[test]
+fn a_permit_waits_for_the_last_pod_and_for_the_book() {
+    let pod =
+        PodFacts { namespace: "n".into(), name: "p".into(), uid: "u".into(), terminating: true, ..PodFacts::default() };
+    let drained = NodeView { unschedulable: true, ..node("a") };
+    let stopping = rollout::plan(&in_slot(NodeView { pods: Some(vec![pod]), ..drained.clone() }, slot("a")), at(10));
+    assert_eq!(stopping.status.slots[0].permitted, None);
+    let ready = rollout::plan(&in_slot(drained.clone(), slot("a")), at(10));
+    assert_eq!((ready.status.slots[0].permitted.clone(), ready.steps.len()), (Some(Time(at(10))), 0));
+    let given = rollout::plan(&in_slot(drained, ready.status.slots[0].clone()), at(11));
+    let [Step::UpdateNodeOS { object, change: Change::Permit }] = &given.steps[..] else { panic!("{:?}", given.steps) };
+    let permit = object.spec.permit.as_ref().unwrap();
+    assert_eq!((permit.boot_id.as_str(), permit.expires.0), ("boot-1", at(70)));
+}
+
+#[test]
+fn a_failure_rejects_the_commit_and_says_why() {
+    let mut failed = NodeView {
+        unschedulable: true,
+        cordoned_by: Some(format!("fleet@{UID}")),
+        boot_id: "boot-3".into(),
+        ..node("a")
+    };
+    status(&mut failed).boot_id = Some("boot-3".into());
+    status(&mut failed).last_attempt = Some(Attempt {
+        attempt: slot("a").attempt,
+        commit: commit('2'),
+        previous: commit('1'),
+        boot_id: "boot-1".into(),
+        state: AttemptState::Finished,
+        outcome: Some(Outcome::RolledBack),
+        message: "health checks failed: web: exit code 1".into(),
+    });
+    let mut fleet = in_slot(failed, Slot { permitted: Some(Time(at(5))), ..slot("a") });
+    fleet.nodes.insert("b".into(), node("b"));
+    let plan = rollout::plan(&fleet, at(10));
+    assert_eq!(plan.status.slots[0].outcome, Some(SlotOutcome::Failed));
+    assert_eq!(plan.status.phase, Some(Phase::Halted));
+    assert_eq!(slots(&plan), ["a"], "b is not started");
+    assert_eq!(degraded(&plan), (true, "CommitRejected"));
+    for part in ["RolledBack on node a", "web: exit code 1", names::RETRY] {
+        assert!(plan.status.message.contains(part), "{part}: {}", plan.status.message);
+    }
+    // Given back, b drops the commit; nothing goes on until somebody says so.
+    let end = with_status(fleet.clone(), OSImageStatus { slots: vec![], ..plan.status.clone() });
+    let end = rollout::plan(&end, at(20));
+    assert!(end.steps.iter().any(|s| matches!(s, Step::UpdateNodeOS { object, .. } if object.spec.image.is_none())));
+    assert_eq!(slots(&end), Vec::<&str>::new());
+    let mut retry = with_status(fleet, OSImageStatus { slots: vec![], ..plan.status });
+    retry.image.metadata.annotations = Some(BTreeMap::from([(names::RETRY.to_owned(), "1".to_owned())]));
+    let plan = rollout::plan(&retry, at(30));
+    assert_eq!((plan.status.rejected.len(), plan.status.failures.len()), (0, 0));
+    assert_eq!(plan.status.retry_handled.as_deref(), Some("1"));
+}
+
+#[test]
+fn with_a_budget_of_two_the_first_failure_stops_only_its_node() {
+    let failure = Failure {
+        node: "a".into(),
+        attempt: slot("a").attempt,
+        commit: commit('2'),
+        outcome: Outcome::FellBack,
+        message: "m".into(),
+        time: Time(at(1)),
+    };
+    let mut fleet = with_status(
+        fleet([node("a"), node("b")]),
+        OSImageStatus { failures: vec![failure], ..OSImageStatus::default() },
+    );
+    fleet.image.spec.rollout.failure_budget = IntOrString::Int(2);
+    let plan = rollout::plan(&fleet, at(10));
+    assert_eq!(slots(&plan), ["b"]);
+    assert_eq!((degraded(&plan), plan.status.counts.failed), ((true, "NodeFailed"), 1));
+}
+
+#[test]
+fn a_silent_node_is_lost_and_keeps_its_slot_until_it_speaks() {
+    let mut gone = in_slot(
+        NodeView { ready: false, unschedulable: true, ..node("a") },
+        Slot { permitted: Some(Time(at(0))), ..slot("a") },
+    );
+    gone.nodes.get_mut("a").unwrap().boot_id = "boot-2".into();
+    let early = rollout::plan(&gone, at(149));
+    assert_eq!(early.status.failures, []);
+    assert!(early.wake.is_some(), "looks again at the deadline");
+    let late = rollout::plan(&gone, at(150));
+    assert_eq!(late.status.failures[0].outcome, Outcome::Lost);
+    assert_eq!((slots(&late), late.status.slots[0].outcome), (vec!["a"], None));
+    assert_eq!(late.status.phase, Some(Phase::Halted));
+}
+
+#[test]
+fn what_a_daemon_cannot_do_is_named_on_the_osimage() {
+    let mut bad = node("a");
+    let problem = Problem {
+        reason: ProblemReason::SignatureInvalid,
+        message: "not signed by the given keys".into(),
+        retrying: false,
+    };
+    status(&mut bad).pulled = None;
+    status(&mut bad).problem = Some(problem);
+    let plan = rollout::plan(&fleet([bad]), at(10));
+    assert_eq!(degraded(&plan), (true, "SignatureInvalid"));
+    assert!(plan.status.message.contains("a: not signed by the given keys"), "{}", plan.status.message);
+    assert_eq!(plan.steps, []);
+}
+
+#[test]
+fn downloads_are_limited() {
+    let mut fleet = fleet((0..5).map(|i| NodeView { node_os: None, ..node(&format!("n{i}")) }));
+    fleet.image.spec.rollout.max_staging = 2;
+    let plan = rollout::plan(&fleet, at(10));
+    let may: Vec<bool> = plan.steps.iter().map(|s| matches!(s, Step::CreateNodeOS(o) if o.spec.may_pull)).collect();
+    assert_eq!(may, [true, true, false, false, false]);
+}
+
+#[test]
+fn a_deleted_osimage_gives_its_nodes_back_before_it_goes() {
+    let mut deleted =
+        fleet([NodeView { cordoned_by: Some(format!("fleet@{UID}")), unschedulable: true, ..node("a") }, node("b")]);
+    deleted.image.metadata.deletion_timestamp = Some(Time(at(1)));
+    let plan = rollout::plan(&deleted, at(10));
+    assert!(matches!(&plan.steps[..], [Step::Uncordon { .. }, Step::DeleteNodeOS(_)]), "{:?}", plan.steps);
+    deleted.nodes.clear();
+    assert_eq!(rollout::plan(&deleted, at(10)).steps, [Step::RemoveFinalizer]);
+}
+
+#[test]
+fn a_node_of_another_osimage_is_left_alone_unless_that_is_gone() {
+    let mut other = node("a");
+    other.node_os.as_mut().unwrap().spec.os_image = OSImageRef { name: "other".into(), uid: "other-uid".into() };
+    let mut fleet = fleet([other]);
+    fleet.existing_images.insert("other-uid".into());
+    let plan = rollout::plan(&fleet, at(10));
+    assert_eq!((plan.steps, reasons(&rollout::plan(&fleet, at(10)))), (vec![], vec![HoldReason::OwnedByOther]));
+    fleet.existing_images.remove("other-uid");
+    assert!(matches!(&rollout::plan(&fleet, at(10)).steps[..], [Step::UpdateNodeOS { change: Change::Assign, .. }]));
+}
+
+#[test]
+fn the_finalizer_comes_before_the_first_deed() {
+    let mut fresh = fleet([node("a")]);
+    fresh.image.metadata.finalizers = None;
+    let plan = rollout::plan(&fresh, at(10));
+    assert_eq!((plan.steps, plan.status), (vec![Step::AddFinalizer], OSImageStatus::default()));
+}
+
+#[test]
+fn an_unchanged_fleet_gives_an_unchanged_status() {
+    let once = rollout::plan(&fleet([updated("a"), updated("b")]), at(10));
+    assert_eq!(once.status.phase, Some(Phase::Updated));
+    let again = rollout::plan(&with_status(fleet([updated("a"), updated("b")]), once.status.clone()), at(1000));
+    assert_eq!((again.status, again.steps), (once.status, vec![]));
+}
