@@ -158,7 +158,7 @@ fn a_host_that_must_not_be_touched_does_nothing_and_says_why() {
 
 #[test]
 fn a_failed_download_is_tried_again_when_that_may_help() {
-    let trouble = |retry_in| {
+    let trouble = |retry_in: Option<Duration>| {
         let problem =
             Problem { reason: ProblemReason::RepoUnreachable, message: "down".into(), retrying: retry_in.is_some() };
         HostState { trouble: Some(Trouble { commit: new(), problem, retry_in }), ..host() }
