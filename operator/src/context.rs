@@ -12,8 +12,7 @@ use tokio::sync::watch;
 use crate::{events::Teller, metrics::Metrics, stores::Stores};
 
 pub struct Context {
-    /// Client without hidden retries: kube's default client answers a 429 with minutes of silence, and a
-    /// refused eviction is an answer that we have to tell. Every retry is a pass of its own.
+    /// Client without hidden retries; see [`crate::run::client`].
     pub client: Client,
     /// What the watches saw.
     pub stores: Stores,

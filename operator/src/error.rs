@@ -72,6 +72,8 @@ pub enum ExecuteError {
     PatchFinalizer(#[source] kube::Error),
     #[error("cannot make NodeOS {node}")]
     CreateNodeOS { node: String, source: kube::Error },
+    #[error("NodeOS {node} cannot be read, and is in the way: {why}")]
+    NodeOSUnreadable { node: String, why: String },
     #[error("cannot replace NodeOS {node}")]
     ReplaceNodeOS { node: String, source: kube::Error },
     #[error("cannot delete NodeOS {node}")]
@@ -125,6 +127,7 @@ impl ObserveError {
 impl ExecuteError {
     fn class(&self) -> Class {
         match self {
+            ExecuteError::NodeOSUnreadable { .. } => Class::Invalid,
             ExecuteError::VersionMissing => Class::Bug,
             ExecuteError::PatchFinalizer(source)
             | ExecuteError::CreateNodeOS { source, .. }

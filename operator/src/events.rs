@@ -8,7 +8,7 @@ use std::borrow::Cow;
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
-    Client, Resource,
+    Client, Resource, ResourceExt,
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
 use osimage_crds::{
@@ -18,7 +18,7 @@ use osimage_crds::{
     osimage::{Blocker, Slot, SlotOutcome},
 };
 use osimage_planner::{HoldReason, plan::Change};
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::execute::Deed;
 
@@ -53,6 +53,7 @@ impl Teller {
     pub async fn tell(&self, image: &OSImage, tales: Vec<Tale>) {
         for tale in tales {
             let Tale { kind, reason, action, note, node } = tale;
+            info!(osimage = image.name_any(), %reason, "{note}");
             let secondary = node.map(|name| ObjectReference {
                 api_version: Some("v1".into()),
                 kind: Some("Node".into()),

@@ -93,3 +93,76 @@ pub fn answers(round: &Round) -> BTreeMap<&str, Option<&str>> {
     let refused = round.refused.iter().map(|(pod, why)| (pod.uid.as_str(), Some(why.as_str())));
     evicted.chain(refused).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use kube::Config;
+    use serde_json::{Value, json};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+        time::{sleep, timeout},
+    };
+
+    use super::*;
+
+    /// What a PodDisruptionBudget that allows nothing makes the API server say.
+    fn refusal() -> String {
+        let body = json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "TooManyRequests", "code": 429,
+            "message": "Cannot evict pod as it would violate the pod's disruption budget.",
+            "details": {"causes": [{"reason": "DisruptionBudget", "message": "The disruption budget web needs 2 healthy pods and has 2 currently"}]}
+        })
+        .to_string();
+        format!(
+            "HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\nretry-after: 10\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    }
+
+    /// Reads one request: its first line and its body.
+    async fn request(stream: &mut TcpStream) -> (String, Value) {
+        let mut read = Vec::new();
+        loop {
+            let mut buffer = [0; 4096];
+            let n = stream.read(&mut buffer).await.unwrap();
+            read.extend_from_slice(&buffer[..n]);
+            let text = String::from_utf8_lossy(&read);
+            if let Some((head, body)) = text.split_once("\r\n\r\n")
+                && let Ok(body) = serde_json::from_str(body)
+            {
+                return (head.lines().next().unwrap_or_default().to_owned(), body);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refused_eviction_is_an_answer_at_once() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let config = Config::new(format!("http://{}", listener.local_addr().unwrap()).parse().unwrap());
+        let client = crate::run::client(config).unwrap();
+        let server = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let seen = request(&mut stream).await;
+            stream.write_all(refusal().as_bytes()).await.unwrap();
+            // A retry would come on this connection or on another one.
+            let mut more = [0; 1];
+            tokio::select! {
+                _ = listener.accept() => panic!("asked again"),
+                n = stream.read(&mut more) => assert_eq!(n.unwrap_or(0), 0, "asked again"),
+                () = sleep(Duration::from_millis(300)) => {}
+            }
+            seen
+        };
+        let pods = [PodRef { namespace: "shop".into(), name: "web-1".into(), uid: "u".into() }];
+        let asked = timeout(Duration::from_secs(2), round(&client, &pods, Some(33)));
+        let (asked, (line, body)) = futures::join!(asked, server);
+        let asked = asked.expect("answered at once");
+        assert!(asked.failed.is_none() && asked.evicted.is_empty());
+        assert_eq!(asked.refused[0].1, "Cannot evict pod as it would violate the pod's disruption budget.");
+        assert!(line.starts_with("POST /api/v1/namespaces/shop/pods/web-1/eviction"), "{line}");
+        assert_eq!(body["deleteOptions"], json!({"gracePeriodSeconds": 33, "preconditions": {"uid": "u"}}));
+    }
+}

@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::{
     Api, ResourceExt,
     api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+    runtime::reflector::ObjectRef,
 };
 use osimage_crds::{NodeOS, OSImage, names};
 use osimage_planner::{
@@ -17,7 +18,7 @@ use osimage_planner::{
     plan::{Change, PodRef},
 };
 use serde_json::json;
-use tracing::info;
+use tracing::debug;
 
 use crate::{context::Context, error::ExecuteError, evict};
 
@@ -70,7 +71,7 @@ async fn carry_out(ctx: &Context, image: &OSImage, step: &Step, deeds: &mut Vec<
         }
     };
     if let Some(deed) = deed {
-        info!(osimage = image.name_any(), ?deed, "done");
+        debug!(osimage = image.name_any(), ?deed, "done");
         deeds.push(deed);
     }
     Ok(())
@@ -104,8 +105,17 @@ async fn create(ctx: &Context, object: &NodeOS) -> Result<Option<Deed>, ExecuteE
     let api: Api<NodeOS> = Api::all(ctx.client.clone());
     match api.create(&post(), object).await {
         Ok(_) => Ok(Some(Deed::Made { node })),
-        Err(source) => Err(ExecuteError::CreateNodeOS { node, source }),
+        Err(source) => Err(match unreadable(ctx, &node) {
+            Some(why) => ExecuteError::NodeOSUnreadable { node, why },
+            None => ExecuteError::CreateNodeOS { node, source },
+        }),
     }
+}
+
+/// Why a NodeOS that exists cannot be read: one made by another version of the operator, for instance.
+fn unreadable(ctx: &Context, node: &str) -> Option<String> {
+    let found = ctx.stores.node_oses.get(&ObjectRef::new(node))?;
+    found.0.as_ref().err().map(|invalid| invalid.error.clone())
 }
 
 /// A PUT with the resourceVersion inside the object: the whole spec is the operator's, and the server refuses it
@@ -167,4 +177,116 @@ async fn uncordon(ctx: &Context, name: &str, version: &str) -> Result<Option<Dee
 async fn write(ctx: &Context, name: &str, body: &serde_json::Value) -> Result<(), kube::Error> {
     let api: Api<Node> = Api::all(ctx.client.clone());
     api.patch(name, &patch(), &Patch::Merge(body)).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Method;
+    use osimage_planner::Step;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{
+        error::{Class, ReconcileError},
+        testing::{Exchange, image, node_os, on_the_wire},
+    };
+
+    const VERSION: &str = "41";
+
+    /// Carries out one step against a server that expects one request; tells how it went.
+    async fn wire(step: Step, expected: Exchange) -> (Vec<Deed>, Option<Class>) {
+        let image = image();
+        let (deeds, outcome) =
+            on_the_wire(vec![expected], async move |ctx| steps(&ctx, &image, std::slice::from_ref(&step)).await).await;
+        (deeds, outcome.err().map(|error| ReconcileError::from(error).class()))
+    }
+
+    fn cordon() -> Step {
+        Step::Cordon { node: "n1".into(), owner: "web@u1".into(), resource_version: VERSION.into() }
+    }
+
+    fn uncordon() -> Step {
+        Step::Uncordon { node: "n1".into(), resource_version: VERSION.into() }
+    }
+
+    fn node(replies: Result<Value, u16>, patch: Value) -> Exchange {
+        Exchange::new(Method::PATCH, "/api/v1/nodes/n1?&fieldManager=osimage-operator", patch, replies)
+    }
+
+    #[tokio::test]
+    async fn cordon_and_signature_are_one_write_on_the_version_that_was_seen() {
+        let patch = json!({
+            "metadata": {"resourceVersion": VERSION, "annotations": {"osimage.dev/cordoned-by": "web@u1"}},
+            "spec": {"unschedulable": true}
+        });
+        let done = (vec![Deed::Cordoned { node: "n1".into() }], None);
+        assert_eq!(wire(cordon(), node(Ok(json!({"metadata": {}})), patch.clone())).await, done);
+        assert_eq!(wire(cordon(), node(Err(409), patch.clone())).await, (vec![], Some(Class::Conflict)));
+        assert_eq!(wire(cordon(), node(Err(404), patch)).await, (vec![], Some(Class::Conflict)), "a node that is gone");
+    }
+
+    #[tokio::test]
+    async fn uncordon_takes_both_away_in_one_write_on_the_version_that_was_seen() {
+        let patch = json!({
+            "metadata": {"resourceVersion": VERSION, "annotations": {"osimage.dev/cordoned-by": null}},
+            "spec": {"unschedulable": null}
+        });
+        let done = (vec![Deed::Uncordoned { node: "n1".into() }], None);
+        assert_eq!(wire(uncordon(), node(Ok(json!({"metadata": {}})), patch.clone())).await, done);
+        assert_eq!(wire(uncordon(), node(Err(409), patch.clone())).await, (vec![], Some(Class::Conflict)));
+        assert_eq!(wire(uncordon(), node(Err(404), patch)).await, (vec![], None), "nothing is left to give back");
+    }
+
+    #[tokio::test]
+    async fn a_nodeos_is_replaced_only_at_the_version_that_was_seen() {
+        let object = node_os("n1", Some(VERSION));
+        let body = serde_json::to_value(&object).unwrap();
+        assert_eq!(body["metadata"]["resourceVersion"], VERSION);
+        let path = "/apis/osimage.dev/v1alpha1/nodeoses/n1?&fieldManager=osimage-operator";
+        let put = |reply| Exchange::new(Method::PUT, path, body.clone(), reply);
+        let step = |object: &NodeOS| Step::UpdateNodeOS { object: Box::new(object.clone()), change: Change::Withdraw };
+        let done = Deed::Changed { node: "n1".into(), change: Change::Withdraw, commit: None };
+        assert_eq!(wire(step(&object), put(Ok(body.clone()))).await, (vec![done], None));
+        assert_eq!(wire(step(&object), put(Err(409))).await, (vec![], Some(Class::Conflict)));
+        let (deeds, outcome) =
+            on_the_wire(vec![], async move |ctx| steps(&ctx, &image(), &[step(&node_os("n1", None))]).await).await;
+        assert!(deeds.is_empty() && matches!(outcome, Err(ExecuteError::VersionMissing)), "never without a version");
+    }
+
+    #[tokio::test]
+    async fn a_nodeos_is_deleted_only_as_it_was_seen() {
+        let body = json!({"preconditions": {"uid": "uid-n1", "resourceVersion": VERSION}});
+        let delete =
+            |reply| Exchange::new(Method::DELETE, "/apis/osimage.dev/v1alpha1/nodeoses/n1?", body.clone(), reply);
+        let step = || Step::DeleteNodeOS(Box::new(node_os("n1", Some(VERSION))));
+        let success = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"});
+        assert_eq!(wire(step(), delete(Ok(success))).await, (vec![Deed::Removed { node: "n1".into() }], None));
+        assert_eq!(wire(step(), delete(Err(409))).await, (vec![], Some(Class::Conflict)));
+        assert_eq!(wire(step(), delete(Err(404))).await, (vec![], None));
+    }
+
+    #[tokio::test]
+    async fn the_finalizer_is_changed_at_the_version_that_was_seen_and_others_stay() {
+        let path = "/apis/osimage.dev/v1alpha1/osimages/web?&fieldManager=osimage-operator";
+        let patch = |finalizers: Value| json!({"metadata": {"resourceVersion": "7", "finalizers": finalizers}});
+        let reply = || Ok(serde_json::to_value(image()).unwrap());
+        let add = Exchange::new(Method::PATCH, path, patch(json!(["other/one", "osimage.dev/unwind"])), reply());
+        assert_eq!(wire(Step::AddFinalizer, add).await, (vec![Deed::Held], None));
+        let remove = Exchange::new(Method::PATCH, path, patch(json!(["other/one"])), reply());
+        assert_eq!(wire(Step::RemoveFinalizer, remove).await, (vec![Deed::LetGo], None));
+    }
+
+    #[tokio::test]
+    async fn nothing_follows_a_step_that_failed() {
+        let first = node(
+            Err(409),
+            json!({
+                "metadata": {"resourceVersion": VERSION, "annotations": {"osimage.dev/cordoned-by": "web@u1"}},
+                "spec": {"unschedulable": true}
+            }),
+        );
+        let (deeds, outcome) =
+            on_the_wire(vec![first], async move |ctx| steps(&ctx, &image(), &[cordon(), uncordon()]).await).await;
+        assert!(deeds.is_empty() && outcome.is_err());
+    }
 }

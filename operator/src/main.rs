@@ -13,6 +13,8 @@ mod osimage_controller;
 mod publish;
 mod run;
 mod stores;
+#[cfg(test)]
+mod testing;
 
 use clap::Parser;
 

@@ -104,3 +104,68 @@ pub fn error_policy(seen: Arc<Guarded<OSImage>>, failure: &ReconcileError, ctx: 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http::Method;
+    use k8s_openapi::api::core::v1::Node;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{
+        stores::Stores,
+        testing::{Exchange, image, on_the_wire_with},
+    };
+
+    const IMAGE: &str = "/apis/osimage.dev/v1alpha1/osimages/web";
+
+    fn get(reply: Result<Value, u16>) -> Exchange {
+        Exchange::new(Method::GET, IMAGE, Value::Null, reply)
+    }
+
+    async fn pass_with(nodes: Vec<Node>, exchanges: Vec<Exchange>) -> Result<Action, ReconcileError> {
+        on_the_wire_with(Stores::holding(nodes, vec![]), exchanges, async |ctx| pass("web", &ctx).await).await
+    }
+
+    #[tokio::test]
+    async fn an_osimage_that_is_gone_asks_for_nothing() {
+        assert_eq!(pass_with(vec![], vec![get(Err(404))]).await.unwrap(), Action::await_change());
+    }
+
+    /// A node without a NodeOS: its plan is a status that counts it, and a NodeOS to make.
+    fn node() -> Node {
+        serde_json::from_value(json!({"metadata": {"name": "n1", "labels": {"pool": "a"}}})).unwrap()
+    }
+
+    fn put_status(reply: Result<Value, u16>) -> Exchange {
+        let path = "/apis/osimage.dev/v1alpha1/osimages/web/status?&fieldManager=osimage-operator";
+        Exchange::new(Method::PUT, path, Value::Null, reply).any_body()
+    }
+
+    #[tokio::test]
+    async fn the_status_is_written_before_the_steps_are_carried_out() {
+        let object = || Ok(serde_json::to_value(image()).unwrap());
+        let path = "/apis/osimage.dev/v1alpha1/nodeoses?&fieldManager=osimage-operator";
+        let make = serde_json::to_value(crate::testing::node_os("n1", None)).unwrap();
+        let make = Exchange::new(Method::POST, path, Value::Null, Ok(make)).any_body();
+        pass_with(vec![node()], vec![get(object()), put_status(object()), make]).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn no_step_is_carried_out_when_somebody_else_wrote_the_status() {
+        let object = serde_json::to_value(image()).unwrap();
+        let outcome = pass_with(vec![node()], vec![get(Ok(object)), put_status(Err(409))]).await;
+        assert_eq!(outcome.unwrap_err().class(), Class::Conflict);
+    }
+
+    #[tokio::test]
+    async fn a_selector_that_cannot_be_understood_touches_no_node() {
+        let mut object = serde_json::to_value(image()).unwrap();
+        object["spec"]["nodeSelector"] = json!({"matchExpressions": [{"key": "a", "operator": "Like"}]});
+        let event = json!({"metadata": {"name": "e"}, "eventTime": null});
+        let event =
+            Exchange::new(Method::POST, "/apis/events.k8s.io/v1/namespaces/default/events?", Value::Null, Ok(event));
+        let exchanges = vec![get(Ok(object.clone())), put_status(Ok(object)), event.any_body()];
+        pass_with(vec![node()], exchanges).await.unwrap();
+    }
+}

@@ -37,10 +37,9 @@ const STOP_PATIENCE: Duration = Duration::from_secs(10);
 pub async fn run(args: Args) -> anyhow::Result<()> {
     logging::init(args.log_format);
     let identity = args.identity.clone().unwrap_or_else(default_identity);
-    let mut config = Config::infer().await.context("no kubeconfig and no service account to reach a cluster with")?;
-    config.default_retry = false; // see Context::client
+    let config = Config::infer().await.context("no kubeconfig and no service account to reach a cluster with")?;
     let namespace = args.lease_namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
-    let client = Client::try_from(config).context("cannot make a client")?;
+    let client = client(config).context("cannot make a client")?;
     info!(version = env!("CARGO_PKG_VERSION"), identity, "starts");
 
     let registry = Registry::new();
@@ -76,6 +75,13 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     }
     drop(controller_ended);
     electing.await.context("the election ended badly")
+}
+
+/// A client without hidden retries: kube's default one answers a refused eviction (429) with minutes of silence.
+/// Here every retry is a pass of its own, and a refusal is an answer that is told.
+pub fn client(mut config: Config) -> Result<Client, kube::Error> {
+    config.default_retry = false;
+    Client::try_from(config)
 }
 
 /// Host name and process id: two processes never share it.

@@ -109,6 +109,24 @@ impl Stores {
         (Stores { images, node_oses, nodes, budgets, filled }, all.boxed())
     }
 
+    /// Stores that hold just this.
+    #[cfg(test)]
+    pub fn holding(nodes: Vec<Node>, node_oses: Vec<Guarded<NodeOS>>) -> Stores {
+        fn store<K: Resource<DynamicType = ()> + Clone + 'static>(objects: Vec<K>) -> Store<K> {
+            let (reader, mut writer) = reflector::store();
+            objects.into_iter().for_each(|object| writer.apply_watcher_event(&Event::Apply(object)));
+            reader
+        }
+        let (_, filled) = watch::channel(KINDS);
+        Stores {
+            images: store(vec![]),
+            node_oses: store(node_oses),
+            nodes: store(nodes),
+            budgets: store(vec![]),
+            filled,
+        }
+    }
+
     /// Waits until every store has been filled once. Nothing may be decided before: a node that is not there yet
     /// would count as gone.
     ///
