@@ -218,10 +218,17 @@ impl TestBed {
         }
         for node in &self.nodes {
             let entries = node.host.boot_entries().map(|entries| {
-                entries.iter().map(|e| format!("  {} {}.{}", e.version, e.commit, e.serial)).collect::<Vec<_>>().join("\n")
+                entries
+                    .iter()
+                    .map(|e| format!("  {} {}.{}", e.version, e.commit, e.serial))
+                    .collect::<Vec<_>>()
+                    .join("\n")
             });
             let menu = entries.unwrap_or_else(|e| format!("  {e:#}"));
-            section(&format!("host {}", node.name), &format!("{:?}\nboot menu:\n{menu}\n{}", node.host.power(), node.host.log_tail(10)));
+            section(
+                &format!("host {}", node.name),
+                &format!("{:?}\nboot menu:\n{menu}\n{}", node.host.power(), node.host.log_tail(10)),
+            );
             if let Some(daemon) = lock(&node.daemon).as_ref() {
                 section(&format!("daemon of {}", node.name), &daemon.log_tail(REPORT_LINES));
             }
@@ -289,7 +296,8 @@ async fn fresh_kubeconfig(
         .await
         .ok()
         .and_then(|seen| seen.ok()?.values().find(|p| is_ours(p)).map(|p| p.name.clone()));
-    let pod = found.ok_or_else(|| anyhow!("no pod of {}/{} runs on {}", pods.namespace, pods.daemon_set, kubelet.name()))?;
+    let pod =
+        found.ok_or_else(|| anyhow!("no pod of {}/{} runs on {}", pods.namespace, pods.daemon_set, kubelet.name()))?;
     let token = plane.kubeconfig_for_service_account(&pods.namespace, &pods.service_account, Some(&pod));
     tokio::time::timeout(patience, token).await.context("no answer to the token request")?
 }

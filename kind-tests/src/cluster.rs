@@ -221,10 +221,8 @@ impl ControlPlane {
             .await
             .with_context(|| format!("get a token for {namespace}/{account}"))?;
         let token = answer.status.and_then(|s| s.token).ok_or_else(|| anyhow!("the token request has no answer"))?;
-        let path = kubeconfig_path(
-            self.scratch.path(),
-            &format!("sa-{namespace}-{account}-{}", pod.unwrap_or("unbound")),
-        );
+        let path =
+            kubeconfig_path(self.scratch.path(), &format!("sa-{namespace}-{account}-{}", pod.unwrap_or("unbound")));
         write_kubeconfig(&path, &self.server(), &self.pki.ca(), &User::Token(token))?;
         Ok(path)
     }
@@ -459,13 +457,7 @@ impl Ports {
     fn choose() -> Result<Self> {
         let mut ports = free_ports(5)?.into_iter();
         let mut next = || ports.next().ok_or_else(|| anyhow!("no free port"));
-        Ok(Self {
-            etcd: next()?,
-            etcd_peer: next()?,
-            api: next()?,
-            controller_manager: next()?,
-            scheduler: next()?,
-        })
+        Ok(Self { etcd: next()?, etcd_peer: next()?, api: next()?, controller_manager: next()?, scheduler: next()? })
     }
 }
 

@@ -78,7 +78,9 @@ impl Daemon {
         let mut starts = self.state.starts.subscribe();
         tokio::time::timeout(timeout, starts.wait_for(|n| *n > count))
             .await
-            .map_err(|_| anyhow!("the daemon of {} was not started again:\n{}", self.state.host.name(), self.log_tail(20)))?
+            .map_err(|_| {
+                anyhow!("the daemon of {} was not started again:\n{}", self.state.host.name(), self.log_tail(20))
+            })?
             .context("the supervisor is gone")?;
         Ok(())
     }
@@ -143,9 +145,17 @@ impl Daemon {
     }
 
     fn signal_main(&self, signal: Signal) {
-        if let Some(pid) = self.main_pid().and_then(Pid::from_raw) {
-            // It may have ended in between; a child's id is not reused before its parent has reaped it.
-            let _ = kill_process(pid, signal);
+        // Just after a start there may be no second process yet.
+        for _ in 0..500 {
+            if let Some(pid) = self.main_pid().and_then(Pid::from_raw) {
+                // It may have ended in between; a child's id is not reused before its parent has reaped it.
+                let _ = kill_process(pid, signal);
+                return;
+            }
+            if self.current().is_none() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
 }

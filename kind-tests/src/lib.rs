@@ -13,6 +13,7 @@
 //! | [`daemon`] | the node daemon's container on such a host |
 //! | [`bed`] | all of it, wired together |
 //! | [`product`] | the chart and the shipped binaries on a bed |
+//! | [`witness`] | remembers the worst it saw |
 //! | [`process`], [`scratch`] | nothing outlives the test |
 
 #![allow(clippy::print_stderr)]
@@ -32,3 +33,4 @@ pub mod scratch;
 pub mod server;
 pub mod tools;
 pub mod wait;
+pub mod witness;

@@ -80,8 +80,7 @@ impl Pki {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
         let key = KeyPair::generate().context("make a key")?;
         let cert = params.signed_by(&key, &self.issuer).with_context(|| format!("sign the certificate of {file}"))?;
-        let files =
-            CertFiles { cert: self.dir.join(format!("{file}.crt")), key: self.dir.join(format!("{file}.key")) };
+        let files = CertFiles { cert: self.dir.join(format!("{file}.crt")), key: self.dir.join(format!("{file}.key")) };
         fs::write(&files.cert, cert.pem())?;
         fs::write(&files.key, key.serialize_pem())?;
         Ok(files)

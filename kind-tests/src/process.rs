@@ -14,13 +14,20 @@ use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, test_kill_process_group, waitid,
+};
 use tokio::sync::watch;
+
+/// How long the killed rest of a process group is waited for.
+const GROUP_END: Duration = Duration::from_secs(3);
 
 /// What to start.
 #[derive(Clone, Debug)]
@@ -112,18 +119,13 @@ impl Process {
     /// Starts `cmd`, appending its output to `log`.
     pub fn spawn(cmd: Cmd, log: &Path) -> Result<Self> {
         let name = cmd.name.clone();
-        let mut child =
-            spawn_on_keeper(cmd, log.to_owned()).with_context(|| format!("start {name}"))?;
+        let mut child = spawn_on_keeper(cmd, log.to_owned()).with_context(|| format!("start {name}"))?;
         let pipes = match (child.stdin.take(), child.stdout.take()) {
             (Some(stdin), Some(stdout)) => Some((stdin, stdout)),
             _ => None,
         };
         let pid = Pid::from_child(&child);
-        let shared = Arc::new(Shared {
-            pid,
-            child: Mutex::new(Some(child)),
-            exit: watch::Sender::new(None),
-        });
+        let shared = Arc::new(Shared { pid, child: Mutex::new(Some(child)), exit: watch::Sender::new(None) });
         lock(registry()).push(Arc::downgrade(&shared));
         let waiter = Arc::clone(&shared);
         thread::Builder::new()
@@ -208,7 +210,7 @@ impl Shared {
         let mut exit = self.exit.subscribe();
         // A killed process can linger in the kernel for a moment; the waiter publishes the end.
         while exit.borrow_and_update().is_none() {
-            thread::sleep(std::time::Duration::from_millis(2));
+            thread::sleep(Duration::from_millis(2));
         }
     }
 
@@ -220,12 +222,23 @@ impl Shared {
         let mut child = lock(&self.child);
         let _ = kill_process_group(self.pid, Signal::KILL);
         let status = child.take().and_then(|mut c| c.wait().ok()).unwrap_or_default();
+        drop(child);
+        // The rest of the group was killed too; its end is somebody else's to collect, and quick. A PID namespace in it
+        // is empty when its init is gone.
+        let start = Instant::now();
+        while test_kill_process_group(self.pid).is_ok() && start.elapsed() < GROUP_END {
+            thread::sleep(Duration::from_millis(2));
+        }
         self.exit.send_replace(Some(status));
     }
 }
 
-/// Kills and reaps every child that is still running. For the way out on a signal.
+/// Set on the way out: no more children.
+static CLOSING: AtomicBool = AtomicBool::new(false);
+
+/// Kills and reaps every child that is still running, and lets no new one start. For the way out on a signal.
 pub(crate) fn kill_all() {
+    CLOSING.store(true, Ordering::SeqCst);
     let all: Vec<_> = lock(registry()).drain(..).filter_map(|weak| weak.upgrade()).collect();
     for shared in &all {
         shared.signal(|pid| kill_process_group(pid, Signal::KILL));
@@ -244,9 +257,7 @@ pub fn run(program: impl AsRef<OsStr>, args: &[&str]) -> Result<String> {
 
 /// Runs `command` to its end and returns stdout; stderr and stdout are in the error when it fails.
 pub fn output(mut command: Command, printable: &str) -> Result<String> {
-    let out = command
-        .output()
-        .with_context(|| format!("run `{printable}`: is the program installed?"))?;
+    let out = command.output().with_context(|| format!("run `{printable}`: is the program installed?"))?;
     if !out.status.success() {
         bail!(
             "`{printable}` failed ({}): {}{}",
@@ -306,6 +317,9 @@ fn spawn_on_keeper(cmd: Cmd, log: PathBuf) -> Result<Child> {
 }
 
 fn spawn_here(cmd: &Cmd, log: &Path) -> io::Result<Child> {
+    if CLOSING.load(Ordering::SeqCst) {
+        return Err(io::Error::other("interrupted"));
+    }
     if let Some(dir) = log.parent() {
         fs::create_dir_all(dir)?;
     }

@@ -1,11 +1,7 @@
 //! The product on a bed, installed as its users install it: the chart by real Helm, the shipped binaries with the
 //! rights that the chart gives them. The operator runs as a process beside the cluster, the daemons in their hosts.
 
-use std::{
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail};
 use kube::{Api, ResourceExt};
@@ -63,6 +59,16 @@ impl Product {
 
     /// Starts one more operator, with its service account's token.
     pub async fn start_operator(&self, name: &str) -> Result<Arc<Operator>> {
+        self.operator(name, true).await
+    }
+
+    /// Starts one more operator that acts without asking for the lease, as one that was cut off and believes that
+    /// it still holds it.
+    pub async fn start_rival(&self, name: &str) -> Result<Arc<Operator>> {
+        self.operator(name, false).await
+    }
+
+    async fn operator(&self, name: &str, elect: bool) -> Result<Arc<Operator>> {
         let kubeconfig = self.bed.plane.kubeconfig_for_service_account(NAMESPACE, RELEASE, None).await?;
         let own = self.bed.plane.dir().join(format!("{name}.kubeconfig"));
         std::fs::copy(&kubeconfig, &own)?;
@@ -72,6 +78,7 @@ impl Product {
             ("POD_NAMESPACE", NAMESPACE.to_owned()),
             ("POD_NAME", name.to_owned()),
             ("METRICS_ADDRESS", format!("127.0.0.1:{port}")),
+            ("LEADER_ELECT", elect.to_string()),
             ("LEASE_NAME", RELEASE.to_owned()),
             ("LEASE_DURATION", "3s".to_owned()),
             ("LOG_FORMAT", "text".to_owned()),
@@ -82,11 +89,8 @@ impl Product {
     }
 
     async fn start_daemons(&self) -> Result<()> {
-        let pods = DaemonPods {
-            namespace: NAMESPACE.into(),
-            daemon_set: DAEMON.into(),
-            service_account: DAEMON.into(),
-        };
+        let pods =
+            DaemonPods { namespace: NAMESPACE.into(), daemon_set: DAEMON.into(), service_account: DAEMON.into() };
         let program = tools::shipped("osimage-node-daemon")?;
         let make = Arc::new(move |context: &crate::bed::DaemonContext| {
             let env = [
@@ -222,5 +226,10 @@ pub async fn helm(plane: &ControlPlane, args: &[&str]) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    bail!("helm {}: {}{}", args.join(" "), String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    bail!(
+        "helm {}: {}{}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
 }

@@ -90,7 +90,10 @@ impl Tree {
             broken: false,
             payload: 16,
             files: Vec::new(),
-            kernel: format!("6.12.{}-osimage", version.chars().filter(char::is_ascii_digit).take(3).collect::<String>()),
+            kernel: format!(
+                "6.12.{}-osimage",
+                version.chars().filter(char::is_ascii_digit).take(3).collect::<String>()
+            ),
         }
     }
 
@@ -121,13 +124,17 @@ impl Tree {
         }
         put(root, &format!("usr/lib/modules/{}/vmlinuz", self.kernel), &format!("kernel {}\n", self.kernel))?;
         put(root, &format!("usr/lib/modules/{}/initramfs.img", self.kernel), &format!("initramfs {}\n", self.kernel))?;
+        fs::create_dir_all(root.join("usr/etc/systemd/system"))?;
         mark(root, v, self.broken)?;
         for n in 0..self.payload {
             let mut bytes = Vec::with_capacity(4096);
-            let mut state = u64::from(n) << 32 | v.bytes().fold(7, |h: u64, b| h.wrapping_mul(31).wrapping_add(b.into()));
+            let mut state =
+                u64::from(n) << 32 | v.bytes().fold(7, |h: u64, b| h.wrapping_mul(31).wrapping_add(b.into()));
             while bytes.len() < 4096 {
                 // A small generator of bytes that do not compress; a third of the files is the same in every version.
-                if n % 3 == 0 { state &= !0xffff_ffff }
+                if n % 3 == 0 {
+                    state &= !0xffff_ffff
+                }
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(bytes.len() as u64 + u64::from(n));
                 bytes.extend_from_slice(&state.to_le_bytes());
             }
@@ -339,6 +346,8 @@ pub(crate) fn run_ostree(args: &[&str]) -> Result<String> {
         .env("LC_ALL", "C.UTF-8")
         // Deployments stay removable without clearing the immutable flag first.
         .env("OSTREE_SYSROOT_DEBUG", "mutable-deployments")
+        // And the machine's file system is not frozen for a moment, which a deployment does to that of /boot.
+        .env("OSTREE_SYSROOT_OPTS", "skip-sync")
         .stdin(Stdio::null());
     output(command, &format!("ostree {}", args.join(" ")))
 }

@@ -72,14 +72,21 @@ impl Drop for Scratch {
 
 /// Removes a folder, also when OSTree made deployments in it immutable.
 pub fn remove_tree(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Ok(()) => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(_) => {}
+    // More than once: a process that was just killed may have been adding a file.
+    const ATTEMPTS: u32 = 5;
+    for attempt in 1.. {
+        match fs::remove_dir_all(path) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return Ok(()),
+            Err(error) if attempt == ATTEMPTS => return Err(error),
+            Err(_) => {}
+        }
+        if let Ok(meta) = fs::symlink_metadata(path) {
+            // A file that vanishes meanwhile is no reason to stop.
+            let _ = make_mutable(path, meta.dev());
+        }
     }
-    let device = fs::symlink_metadata(path)?.dev();
-    make_mutable(path, device)?;
-    fs::remove_dir_all(path)
+    Ok(())
 }
 
 /// Clears the immutable flag of folders. OSTree sets it on deployment roots, a few levels down.
@@ -107,9 +114,7 @@ fn make_mutable(dir: &Path, device: u64) -> io::Result<()> {
 
 /// The folder that holds all scratch folders: `OSIMAGE_TEST_TMP`, else the system's temporary folder.
 fn base() -> PathBuf {
-    std::env::var_os("OSIMAGE_TEST_TMP")
-        .map_or_else(std::env::temp_dir, PathBuf::from)
-        .join("osimage-testbed")
+    std::env::var_os("OSIMAGE_TEST_TMP").map_or_else(std::env::temp_dir, PathBuf::from).join("osimage-testbed")
 }
 
 fn live() -> &'static Mutex<Vec<PathBuf>> {
@@ -153,11 +158,9 @@ fn handle_signals() {
         thread::spawn(move || {
             let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
             let code = runtime.block_on(async {
-                let (Ok(mut int), Ok(mut term), Ok(mut hup)) = (
-                    signal(SignalKind::interrupt()),
-                    signal(SignalKind::terminate()),
-                    signal(SignalKind::hangup()),
-                ) else {
+                let (Ok(mut int), Ok(mut term), Ok(mut hup)) =
+                    (signal(SignalKind::interrupt()), signal(SignalKind::terminate()), signal(SignalKind::hangup()))
+                else {
                     return None;
                 };
                 let _ = ready.send(());

@@ -273,7 +273,10 @@ impl Shared {
             Err(_) => return self.refuse(stream, 404, request.keep_alive),
         };
         if fault == Some(Fault::FlipByte)
-            && let Some(byte) = { let middle = body.len() / 2; body.get_mut(middle) }
+            && let Some(byte) = {
+                let middle = body.len() / 2;
+                body.get_mut(middle)
+            }
         {
             *byte ^= 0x10;
         }

@@ -11,10 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 /// `OSIMAGE_TOOLS`, else `KUBEBUILDER_ASSETS`, else what `tools/build.sh` builds (once; minutes).
 pub fn kubernetes() -> Result<PathBuf> {
     static FOUND: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
-    FOUND
-        .get_or_init(|| find_kubernetes().map_err(|e| format!("{e:#}")))
-        .clone()
-        .map_err(|e| anyhow!(e))
+    FOUND.get_or_init(|| find_kubernetes().map_err(|e| format!("{e:#}"))).clone().map_err(|e| anyhow!(e))
 }
 
 fn find_kubernetes() -> Result<PathBuf> {
@@ -87,6 +84,5 @@ pub fn may_skip() -> bool {
 }
 
 fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }

@@ -45,6 +45,8 @@ pub struct Spec {
     pub control: PathBuf,
     /// Layers of `/usr`, top first.
     pub usr_layers: Vec<PathBuf>,
+    /// An empty folder and a work folder, for the file system of `/boot`.
+    pub boot_layers: (PathBuf, PathBuf),
     /// File that is bound over the kernel's boot id.
     pub boot_id: PathBuf,
     /// File that is bound over the kernel command line.
@@ -113,7 +115,9 @@ pub enum Next {
 
 /// The search path of a host.
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 30_000_000 };
+const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+/// Between the order to shut down and the first signal: the caller of `systemctl` usually sees it return.
+const COURTESY: Duration = Duration::from_millis(60);
 
 /// Runs as PID 1 until the host is shut down.
 pub fn main(spec_file: &Path) -> Result<()> {
@@ -151,8 +155,9 @@ fn set_up(spec: &Spec) -> Result<()> {
     mount("usr", at("usr"), "overlay", MountFlags::RDONLY | MountFlags::NODEV, options.as_c_str())
         .with_context(|| format!("mount /usr from {layers}"))?;
 
-    for (from, to) in [(spec.sysroot.clone(), at("sysroot")), (spec.sysroot.join("boot"), at("boot"))] {
-        bind(&from, &to)?;
+    bind(&spec.sysroot, &at("sysroot"))?;
+    mount_boot(spec, &at("boot"))?;
+    for to in [at("sysroot"), at("boot")] {
         // With MS_BIND: only this mount becomes read-only. Without it, the machine's file system would.
         mount_remount(&to, MountFlags::BIND | MountFlags::RDONLY, c"")
             .with_context(|| format!("make {} read-only", to.display()))?;
@@ -184,6 +189,25 @@ fn set_up(spec: &Spec) -> Result<()> {
     Ok(())
 }
 
+/// `/boot` is a file system of its own, as on most machines. It must be: libostree freezes it for a moment when it
+/// writes the boot menu. Were it the machine's file system, all hosts and the machine would be frozen with it, and
+/// another host's remount would fail with "resource busy". An overlay cannot be frozen.
+fn mount_boot(spec: &Spec, to: &Path) -> Result<()> {
+    let boot = spec.sysroot.join("boot");
+    let (empty, work) = &spec.boot_layers;
+    let options = std::ffi::CString::new(format!(
+        "lowerdir={},upperdir={},workdir={},index=off",
+        empty.display(),
+        boot.display(),
+        work.display()
+    ))?;
+    match mount("boot", to, "overlay", MountFlags::NODEV, options.as_c_str()) {
+        Ok(()) => Ok(()),
+        // Not possible on top of an overlay (a container's root), which cannot be frozen either.
+        Err(_) => bind(&boot, to),
+    }
+}
+
 fn bind(from: &Path, to: &Path) -> Result<()> {
     mount_bind(from, to).with_context(|| format!("bind {} on {}", from.display(), to.display()))
 }
@@ -195,9 +219,7 @@ fn devices(dev: &Path) -> Result<()> {
         File::create(&node)?;
         bind(&Path::new("/dev").join(name), &node)?;
     }
-    for (link, target) in
-        [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
-    {
+    for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         symlink(target, dev.join(link))?;
     }
     fs::create_dir(dev.join("shm"))?;
@@ -449,6 +471,7 @@ impl Init {
             running.stopping = true;
             running.restart_at = None;
         }
+        std::thread::sleep(COURTESY);
         if finalize {
             self.end_others(Signal::TERM, self.spec.stop_timeout);
             if !self.spec.skip_finalization && Path::new("/run/ostree/staged-deployment").exists() {

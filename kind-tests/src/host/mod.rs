@@ -147,7 +147,7 @@ impl FakeHost {
         let scratch = Scratch::new(&format!("host-{}", options.name))?;
         let dir = scratch.path();
         template.clone_to(&dir.join("sysroot"))?;
-        for name in ["root", "run", "control/units", "stubs/bin"] {
+        for name in ["root", "run", "control/units", "stubs/bin", "boot-empty", "boot-work"] {
             fs::create_dir_all(dir.join(name))?;
         }
         for (name, text) in [
@@ -315,7 +315,19 @@ impl FakeHost {
     pub async fn exec(&self, command: &[&str]) -> Result<Output> {
         let pid1 = self.pid1()?.to_string();
         let child = tokio::process::Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "--", "nsenter", "--target", &pid1, "--mount", "--pid", "--uts", "--time", "--"])
+            .args([
+                "--pdeathsig",
+                "KILL",
+                "--",
+                "nsenter",
+                "--target",
+                &pid1,
+                "--mount",
+                "--pid",
+                "--uts",
+                "--time",
+                "--",
+            ])
             .args(["env", "-i", &format!("PATH={PATH}"), "HOME=/root", "LANG=C.UTF-8", "LC_ALL=C.UTF-8"])
             .args(command)
             .stdin(Stdio::null())
@@ -521,6 +533,7 @@ impl Inner {
             run,
             control: dir.join("control"),
             usr_layers,
+            boot_layers: (dir.join("boot-empty"), dir.join("boot-work")),
             boot_id: dir.join("boot_id"),
             cmdline: dir.join("cmdline"),
             hostname: self.options.name.clone(),

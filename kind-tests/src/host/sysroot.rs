@@ -47,7 +47,8 @@ impl Template {
             }
             // ostree/deploy/OS/deploy/CHECKSUM.SERIAL/usr
             let mut parts = path.components().skip(2);
-            parts.nth(1).is_some_and(|c| c.as_os_str() == "deploy") && parts.nth(1).is_some_and(|c| c.as_os_str() == "usr")
+            parts.nth(1).is_some_and(|c| c.as_os_str() == "deploy")
+                && parts.nth(1).is_some_and(|c| c.as_os_str() == "usr")
         })
     }
 }
@@ -113,9 +114,8 @@ pub fn boot_entries(sysroot: &Path) -> Result<Vec<BootEntry>> {
 
 fn boot_entry(sysroot: &Path, path: &Path) -> Result<BootEntry> {
     let text = fs::read_to_string(path)?;
-    let field = |name: &str| {
-        text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' ')).map(|v| v.trim().to_owned())
-    };
+    let field =
+        |name: &str| text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' ')).map(|v| v.trim().to_owned());
     let options = field("options").ok_or_else(|| anyhow!("{} has no options", path.display()))?;
     let link = options
         .split_whitespace()

@@ -1,0 +1,735 @@
+//! The whole chain on real parts: from `kubectl apply` to a verified host, and back from a bad one.
+//!
+//! Each test is a promise. All of them run the shipped binaries, with the rights that the chart gives them, on a real
+//! control plane and on hosts driven by real libostree.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use k8s_openapi::api::core::v1::Node;
+use kube::{Api, ResourceExt};
+use osimage_crds::{
+    ConditionType, NodeOS, OSImage, condition,
+    nodeos::{AttemptState, Outcome},
+};
+use osimage_kind_tests::{
+    cluster::Outage,
+    host::{HostEvent, Power},
+    product::Product,
+    repo::OsCommit,
+    server::Fault,
+    tools,
+    wait::until,
+    witness::{Seen, Witness, announce},
+};
+use serde_json::json;
+use tokio::sync::{Semaphore, SemaphorePermit, broadcast};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(180);
+
+/// Beds at once: each has a control plane and several hosts, and there may be two cores.
+static BEDS: Semaphore = Semaphore::const_new(2);
+
+/// A product on `nodes` hosts of version 1, or a clear skip.
+async fn product(nodes: usize) -> Option<(Product, SemaphorePermit<'static>)> {
+    match tools::require_host_support() {
+        Ok(()) => {}
+        Err(error) if tools::may_skip() => {
+            eprintln!("SKIPPED: {error:#}");
+            return None;
+        }
+        Err(error) => panic!("{error:#} (OSIMAGE_TEST_ALLOW_SKIP=1 skips such tests)"),
+    }
+    let permit = BEDS.acquire().await.unwrap();
+    Some((Product::start(nodes).await.unwrap(), permit))
+}
+
+/// Ends a test with the bed's report when something in it fails.
+async fn explain<T>(product: &Product, result: Result<T>) -> T {
+    match result {
+        Ok(value) => value,
+        Err(error) => panic!("{error:#}\n{}", product.bed.report().await),
+    }
+}
+
+fn boots(product: &Product) -> Vec<u32> {
+    product.bed.nodes.iter().map(|n| n.host.boot_now().map(|b| b.number).unwrap_or(0)).collect()
+}
+
+fn degraded(image: &OSImage) -> Option<String> {
+    let conditions = &image.status.as_ref()?.conditions;
+    let found = condition::find(conditions, ConditionType::Degraded)?;
+    (found.status == "True").then(|| format!("{}: {}", found.reason, found.message))
+}
+
+/// Six replicas over the nodes, of which five must be available.
+const WORKLOAD: &str = r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web, namespace: default}
+spec:
+  replicas: 6
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers: [{name: web, image: web}]
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata: {name: web, namespace: default}
+spec:
+  minAvailable: 5
+  selector: {matchLabels: {app: web}}
+"#;
+
+async fn workload(product: &Product) -> Result<()> {
+    product.bed.plane.apply_yaml(WORKLOAD).await?;
+    product
+        .bed
+        .until("the workload to run", MINUTE, || async {
+            let ready =
+                product.kubectl(&["get", "deployment", "web", "-o", "jsonpath={.status.readyReplicas}"]).await?;
+            if ready != "6" {
+                bail!("{ready:?} replicas are ready")
+            }
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_good_commit_reaches_every_node_within_the_budget() {
+    let Some((product, _bed)) = product(3).await else { return };
+    let run = async {
+        workload(&product).await?;
+        for node in &product.bed.nodes {
+            node.host.sh("echo mine > /etc/local.conf; echo kept > /var/lib/kept").await?;
+        }
+        let before: Vec<String> =
+            product.bed.nodes.iter().map(|n| n.host.default_entry().map(|e| e.options)).collect::<Result<_>>()?;
+        let witness = Witness::start(&product.bed);
+        let v2 = product.images.v2.clone();
+        product.apply(&v2, |_| {}).await?;
+        product.wait_updated(&v2, LONG).await?;
+        assert_eq!(witness.worst().len(), 1, "one at a time, and the witness saw it: {:?}", witness.worst());
+        for (node, options) in product.bed.nodes.iter().zip(before) {
+            let host = &node.host;
+            assert_eq!(
+                host.sh("cat /etc/local.conf /var/lib/kept").await?,
+                "mine\nkept\n",
+                "/etc is merged, /var is kept"
+            );
+            let without = |o: &str| o.split(' ').filter(|a| !a.starts_with("ostree=")).collect::<Vec<_>>().join(" ");
+            assert_eq!(without(&host.default_entry()?.options), without(&options), "kernel arguments are kept");
+            assert_eq!(host.boot_entries()?.len(), 2, "the old deployment is kept");
+            assert_eq!(host.sh("ostree refs --list osimage/hold").await?, "", "holds are dropped");
+            assert!(!host.sh("ostree admin status").await?.contains("Pinned: yes"), "nothing stays pinned");
+            let status = product.node_os(&node.name).await?.status.unwrap_or_default();
+            let attempt = status.last_attempt.expect("an attempt");
+            assert_eq!((attempt.state, attempt.outcome), (AttemptState::Finished, Some(Outcome::Booted)));
+            assert_eq!(status.booted.and_then(|b| b.version).as_deref(), Some("2"));
+        }
+        let image = product.osimage().await?;
+        assert!(condition::is_true(&image.status.unwrap_or_default().conditions, ConditionType::Ready));
+        let line = product.kubectl(&["get", "osimage", "fleet", "--no-headers"]).await?;
+        assert!(line.contains("3/3") && line.contains("Updated"), "{line}");
+        product.kubectl(&["wait", "--for=condition=Ready", "osimage/fleet", "--timeout=5s"]).await?;
+        let events = product.kubectl(&["describe", "osimage", "fleet"]).await?;
+        assert!(events.contains("Events:"), "{events}");
+        Ok(())
+    };
+    explain(&product, run.await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_commit_costs_one_node_and_goes_no_further() {
+    let Some((product, _bed)) = product(3).await else { return };
+    let run = async {
+        let (v3, v4) = (product.images.v3.clone(), product.images.v4.clone());
+        let witness = Witness::start(&product.bed);
+        let before = boots(&product);
+        product.apply(&v3, |_| {}).await?;
+        let image = product.wait_phase("Halted", &v3, LONG).await?;
+        let status = image.status.clone().unwrap_or_default();
+        assert_eq!(status.failures.len(), 1);
+        assert_eq!(status.failures[0].outcome, Outcome::RolledBack);
+        assert_eq!(status.rejected[0].commit.as_str(), v3.checksum);
+        assert!(status.message.contains("self test"), "the reason is told: {}", status.message);
+        assert!(degraded(&image).is_some_and(|d| d.starts_with("CommitRejected")), "{:?}", degraded(&image));
+        product.nothing_left().await?;
+        let after = boots(&product);
+        let moved: Vec<u32> = before.iter().zip(&after).map(|(b, a)| a - b).collect();
+        assert_eq!(moved.iter().filter(|n| **n == 2).count(), 1, "one node went and came back: {moved:?}");
+        assert_eq!(moved.iter().filter(|n| **n == 0).count(), 2, "the others never left: {moved:?}");
+        for node in &product.bed.nodes {
+            assert_eq!(node.host.booted_commit()?, product.images.v1.checksum);
+        }
+        assert_eq!(witness.worst().len(), 1);
+        // Another commit is not held back by the rejected one.
+        product.apply(&v4, |_| {}).await?;
+        product.wait_updated(&v4, LONG).await
+    };
+    explain(&product, run.await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_budget_that_allows_nothing_is_named_and_waited_for() {
+    let Some((product, _bed)) = product(2).await else { return };
+    let run = async {
+        product.bed.plane.apply_yaml(&WORKLOAD.replace("minAvailable: 5", "minAvailable: 6")).await?;
+        workload_is_spread(&product).await?;
+        let before = boots(&product);
+        let v2 = product.images.v2.clone();
+        product.apply(&v2, |_| {}).await?;
+        let image = product.wait_phase("Waiting", &v2, LONG).await?;
+        let status = image.status.unwrap_or_default();
+        let blocker = status.blockers.iter().find(|b| b.reason == "DrainBlocked").expect("the drain is named");
+        assert_eq!(blocker.object.as_deref(), Some("PodDisruptionBudget default/web"));
+        assert!(blocker.message.contains("Pod default/web-"), "{}", blocker.message);
+        assert_eq!(status.attempts, 0, "no node was disturbed");
+        product.nothing_left().await?;
+        assert_eq!(boots(&product), before);
+        product.kubectl(&["patch", "pdb", "web", "--type=merge", "-p", r#"{"spec":{"minAvailable":4}}"#]).await?;
+        product.wait_updated(&v2, LONG).await
+    };
+    explain(&product, run.await).await;
+}
+
+async fn workload_is_spread(product: &Product) -> Result<()> {
+    let nodes = product.bed.nodes.len();
+    product
+        .bed
+        .until("the workload to run on every node", MINUTE, || async {
+            let on = product
+                .kubectl(&[
+                    "get",
+                    "pods",
+                    "-l",
+                    "app=web",
+                    "-o",
+                    "jsonpath={range .items[?(@.status.phase=='Running')]}{.spec.nodeName}{'\\n'}{end}",
+                ])
+                .await?;
+            let distinct: std::collections::BTreeSet<&str> = on.lines().collect();
+            if distinct.len() != nodes || on.lines().count() != 6 {
+                bail!("it runs on {distinct:?}")
+            }
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_commit_is_undone_while_the_api_server_is_gone() {
+    for outage in [Outage::Kill, Outage::Freeze] {
+        let Some((product, _bed)) = product(2).await else { return };
+        let run = async {
+            let v3 = product.images.v3.clone();
+            let mut events: Vec<_> = product.bed.nodes.iter().map(|n| (n.host.clone(), n.host.events())).collect();
+            product.apply(&v3, |_| {}).await?;
+            let host = tokio::time::timeout(LONG, first_shutdown(&mut events)).await?;
+            product.bed.plane.stop_api_server(outage);
+            let first = match host.power() {
+                Power::Up(boot) | Power::ShuttingDown(boot) => boot.number,
+                Power::Booting | Power::Off => 1,
+            };
+            // Into the bad one, and by itself back: nobody can tell the node to.
+            let back = host.wait_boot_after(first + 1, LONG).await?;
+            assert_eq!(back.commit, product.images.v1.checksum, "the old tree runs");
+            product.bed.plane.start_api_server().await?;
+            let image = product.wait_phase("Halted", &v3, LONG).await?;
+            let status = image.status.unwrap_or_default();
+            assert_eq!(
+                (status.failures[0].outcome, status.failures[0].node.as_str()),
+                (Outcome::RolledBack, host.name())
+            );
+            assert!(status.failures[0].message.contains("self test"), "{}", status.failures[0].message);
+            product.nothing_left().await
+        };
+        explain(&product, run.await).await;
+    }
+}
+
+async fn first_shutdown(
+    hosts: &mut [(osimage_kind_tests::host::FakeHost, broadcast::Receiver<HostEvent>)],
+) -> osimage_kind_tests::host::FakeHost {
+    let waits = hosts.iter_mut().map(|(host, events)| {
+        Box::pin(async move {
+            while !matches!(events.recv().await, Ok(HostEvent::ShutdownRequested(_))) {}
+            host.clone()
+        })
+    });
+    futures::future::select_all(waits).await.0
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_good_node_that_nobody_can_acknowledge_goes_back_and_says_so() {
+    let Some((product, _bed)) = product(1).await else { return };
+    let run = async {
+        let v2 = product.images.v2.clone();
+        let mut events = vec![(product.bed.nodes[0].host.clone(), product.bed.nodes[0].host.events())];
+        product.apply(&v2, |o| o["spec"]["health"]["deadline"] = json!("8s")).await?;
+        let host = tokio::time::timeout(LONG, first_shutdown(&mut events)).await?;
+        product.bed.plane.stop_api_server(Outage::Kill);
+        let back = host.wait_boot_after(2, LONG).await?;
+        assert_eq!(back.commit, product.images.v1.checksum);
+        product.bed.plane.start_api_server().await?;
+        let status = product.wait_phase("Halted", &v2, LONG).await?.status.unwrap_or_default();
+        assert!(status.message.contains("not acknowledged"), "{}", status.message);
+        // The outage was to blame: a person says so, and it goes on.
+        product.kubectl(&["annotate", "osimage", "fleet", "osimage.dev/retry=after-the-outage"]).await?;
+        product.wait_updated(&v2, LONG).await
+    };
+    explain(&product, run.await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_guard_alone_brings_a_node_back() {
+    let Some((product, _bed)) = product(1).await else { return };
+    let run = async {
+        let (v3, node) = (product.images.v3.clone(), &product.bed.nodes[0]);
+        let mut events = vec![(node.host.clone(), node.host.events())];
+        product.apply(&v3, |o| o["spec"]["health"]["deadline"] = json!("8s")).await?;
+        let host = tokio::time::timeout(LONG, first_shutdown(&mut events)).await?;
+        product.bed.daemon(&node.name)?.stop(); // no container runtime on the new system
+        let back = host.wait_boot_after(2, LONG).await?;
+        assert_eq!(back.commit, product.images.v1.checksum, "{}", host.journal(2, "osimage-guard.service"));
+        product.bed.daemon(&node.name)?.resume();
+        let status = product.wait_phase("Halted", &v3, LONG).await?.status.unwrap_or_default();
+        assert_eq!(status.failures[0].outcome, Outcome::RolledBack);
+        assert!(status.failures[0].message.contains("guard"), "{}", status.failures[0].message);
+        product.nothing_left().await
+    };
+    explain(&product, run.await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stray_reboot_before_the_permit_boots_the_old_tree() {
+    let Some((product, _bed)) = product(1).await else { return };
+    let run = async {
+        let (v2, node) = (product.images.v2.clone(), &product.bed.nodes[0]);
+        product.apply(&v2, |o| o["spec"]["rollout"] = json!({"paused": true})).await?;
+        product
+            .bed
+            .until("the node to hold the commit", MINUTE, || async {
+                let pulled = product.node_os(&node.name).await?.status.and_then(|s| s.pulled);
+                if pulled.map(|c| c.to_string()) != Some(v2.checksum.clone()) {
+                    bail!("it does not")
+                }
+                Ok(())
+            })
+            .await?;
+        assert_eq!(node.host.reboot().await?.commit, product.images.v1.checksum);
+        product.apply(&v2, |_| {}).await?;
+        product.wait_updated(&v2, LONG).await
+    };
+    explain(&product, run.await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_operators_at_once_keep_the_budget() {
+    let Some((product, _bed)) = product(3).await else { return };
+    let run = async {
+        // Both act, as after a partition that one of them has not noticed.
+        product.start_rival("operator-1").await?;
+        let witness = Witness::start(&product.bed);
+        for commit in [&product.images.v2, &product.images.v4] {
+            product.apply(commit, |_| {}).await?;
+            product.wait_updated(commit, LONG).await?;
+        }
+        assert_eq!(witness.worst().len(), 1, "{:?}", witness.worst());
+        Ok(())
+    };
+    explain(&product, run.await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_osimage_leaves_nodes_as_they_were() {
+    let Some((product, _bed)) = product(2).await else { return };
+    let run = async {
+        let v2 = product.images.v2.clone();
+        let (mut seen, task) = announce(&product.bed.client());
+        product.apply(&v2, |_| {}).await?;
+        wait_for(
+            &mut seen,
+            &|s: &Seen| matches!(s, Seen::Node(n) if n.spec.as_ref().and_then(|s| s.unschedulable) == Some(true)),
+        )
+        .await?;
+        task.abort();
+        product.kubectl(&["delete", "osimage", "fleet", "--timeout=120s"]).await?;
+        let left = product.kubectl(&["get", "nodeoses", "-o", "name"]).await?;
+        assert_eq!(left, "");
+        product.nothing_left().await?;
+        for node in &product.bed.nodes {
+            product
+                .bed
+                .until("the host to drop what it holds", MINUTE, || async {
+                    let status = node.host.sh("ostree refs --list osimage/hold; ostree admin status").await?;
+                    if status.contains("staged") || status.contains("Pinned: yes") || status.contains("osimage/hold") {
+                        bail!("{status}")
+                    }
+                    Ok(())
+                })
+                .await?;
+        }
+        Ok(())
+    };
+    explain(&product, run.await).await;
+}
+
+// ---- who dies when ----
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Victim {
+    Operator,
+    Daemon,
+}
+
+/// A step of the protocol, recognised by what it leaves in the API.
+struct StepOf {
+    name: &'static str,
+    reached: fn(&Seen, &str) -> bool,
+}
+
+fn node_os<'a>(seen: &'a Seen, target: &str) -> Option<&'a NodeOS> {
+    match seen {
+        Seen::NodeOS(n) => {
+            Some(n.as_ref()).filter(|n| n.spec.image.as_ref().is_some_and(|i| i.ostree.commit.as_str() == target))
+        }
+        Seen::Image(_) | Seen::Node(_) => None,
+    }
+}
+
+fn attempt_is(seen: &Seen, target: &str, state: AttemptState) -> bool {
+    let attempt = node_os(seen, target).and_then(|n| n.status.as_ref()?.last_attempt.as_ref());
+    attempt.is_some_and(|a| a.state == state && a.commit.as_str() == target)
+}
+
+fn slot_is(seen: &Seen, target: &str, is: fn(&osimage_crds::osimage::Slot) -> bool) -> bool {
+    let Seen::Image(image) = seen else { return false };
+    image.status.iter().flat_map(|s| &s.slots).any(|s| s.commit.as_str() == target && is(s))
+}
+
+/// The steps of DESIGN section 5, in order.
+const STEPS: [StepOf; 15] = [
+    StepOf { name: "the image is assigned", reached: |s, t| node_os(s, t).is_some() },
+    StepOf {
+        name: "the pull is under way",
+        reached: |s, t| {
+            node_os(s, t).is_some_and(|n| {
+                n.status.as_ref().is_some_and(|s| s.phase == Some(osimage_crds::nodeos::NodePhase::Pulling))
+            })
+        },
+    },
+    StepOf {
+        name: "the commit is held",
+        reached: |s, t| {
+            node_os(s, t)
+                .is_some_and(|n| n.status.as_ref().and_then(|s| s.pulled.as_ref()).is_some_and(|c| c.as_str() == t))
+        },
+    },
+    StepOf { name: "the slot is reserved", reached: |s, t| slot_is(s, t, |_| true) },
+    StepOf {
+        name: "the node is cordoned",
+        reached: |s, _| matches!(s, Seen::Node(n) if n.annotations().contains_key(osimage_crds::names::CORDONED_BY)),
+    },
+    StepOf { name: "the permit is in the book", reached: |s, t| slot_is(s, t, |s| s.permitted.is_some()) },
+    StepOf { name: "the permit is given", reached: |s, t| node_os(s, t).is_some_and(|n| n.spec.permit.is_some()) },
+    StepOf { name: "the way back is prepared", reached: |s, t| attempt_is(s, t, AttemptState::Armed) },
+    StepOf {
+        name: "the deployment is staged",
+        reached: |s, t| node_os(s, t).is_some_and(|n| n.status.as_ref().and_then(|s| s.staged.as_ref()).is_some()),
+    },
+    StepOf { name: "the host is on trial", reached: |s, t| attempt_is(s, t, AttemptState::Verifying) },
+    StepOf { name: "the host is healthy", reached: |s, t| attempt_is(s, t, AttemptState::Healthy) },
+    StepOf {
+        name: "the attempt is acknowledged",
+        reached: |s, t| node_os(s, t).is_some_and(|n| n.spec.permit.as_ref().is_some_and(|p| p.acknowledged)),
+    },
+    StepOf { name: "the attempt is over", reached: |s, t| attempt_is(s, t, AttemptState::Finished) },
+    StepOf { name: "the outcome is in the book", reached: |s, t| slot_is(s, t, |s| s.outcome.is_some()) },
+    StepOf {
+        name: "the attempt is released",
+        reached: |s, t| {
+            node_os(s, t).is_some_and(|n| {
+                n.spec.permit.is_none() && n.spec.released.is_some() && attempt_is(s, t, AttemptState::Finished)
+            })
+        },
+    },
+];
+
+async fn wait_for(seen: &mut broadcast::Receiver<Seen>, reached: &dyn Fn(&Seen) -> bool) -> Result<Seen> {
+    let look = async {
+        loop {
+            match seen.recv().await {
+                Ok(object) if reached(&object) => return Ok(object),
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => bail!("the watch has ended"),
+            }
+        }
+    };
+    tokio::time::timeout(LONG, look).await?
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_killed_at_any_step_delays_and_breaks_nothing() {
+    killed_at_every_step(Victim::Operator).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_killed_at_any_step_delays_and_breaks_nothing() {
+    killed_at_every_step(Victim::Daemon).await;
+}
+
+/// One bed, one move of the whole fleet per step, and a kill -9 the moment that the step shows.
+async fn killed_at_every_step(victim: Victim) {
+    let Some((product, _bed)) = product(2).await else { return };
+    // Pulls take a moment, so that one can be killed in it.
+    product.server.inject("objects", Fault::Delay(Duration::from_millis(20)));
+    let witness = Witness::start(&product.bed);
+    for (round, step) in STEPS.iter().enumerate() {
+        let target = if round % 2 == 0 { product.images.v2.clone() } else { product.images.v4.clone() };
+        let run = async {
+            let (mut seen, task) = announce(&product.bed.client());
+            product.apply(&target, |_| {}).await?;
+            let checksum = target.checksum.clone();
+            let object = wait_for(&mut seen, &|s: &Seen| (step.reached)(s, &checksum)).await?;
+            match victim {
+                Victim::Operator => product.bed.operator(0)?.restart()?,
+                Victim::Daemon => product.bed.daemon(&on_node(&object))?.kill(),
+            }
+            task.abort();
+            product.wait_updated(&target, LONG).await
+        };
+        let run = run.await.map_err(|e| e.context(format!("{victim:?} killed when {}", step.name)));
+        explain(&product, run).await;
+        eprintln!("{victim:?} killed when {}: converged", step.name);
+    }
+    assert_eq!(witness.worst().len(), 1, "{:?}", witness.worst());
+    let image = product.osimage().await.unwrap();
+    assert_eq!(image.status.unwrap().failures, [], "a killed process is no failure of a commit");
+}
+
+fn on_node(seen: &Seen) -> String {
+    match seen {
+        Seen::NodeOS(n) => n.name_any(),
+        Seen::Node(n) => n.name_any(),
+        Seen::Image(i) => {
+            i.status.iter().flat_map(|s| &s.slots).map(|s| s.node.clone()).next().unwrap_or_else(|| "node-1".into())
+        }
+    }
+}
+
+// ---- bad input ----
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_input_is_refused_at_admission_with_the_field_and_the_fix() {
+    let Some((product, _bed)) = product(1).await else { return };
+    let v2 = product.images.v2.clone();
+    type Edit = fn(&mut serde_json::Value);
+    let rows: [(&str, Edit, &str); 13] = [
+        ("short commit", |o| o["spec"]["image"]["ostree"]["commit"] = json!("abc"), "spec.image.ostree.commit"),
+        (
+            "upper case",
+            |o| o["spec"]["image"]["ostree"]["commit"] = json!("A".repeat(64)),
+            "64 lower-case hexadecimal digits",
+        ),
+        (
+            "no verification",
+            |o| o["spec"]["image"]["ostree"]["verification"] = json!({}),
+            "exactly one of gpg and insecureSkip",
+        ),
+        (
+            "two verifications",
+            |o| o["spec"]["image"]["ostree"]["verification"]["insecureSkip"] = json!(true),
+            "exactly one of gpg and insecureSkip",
+        ),
+        (
+            "skip false",
+            |o| o["spec"]["image"]["ostree"]["verification"] = json!({"insecureSkip": false}),
+            "insecureSkip can only be true",
+        ),
+        ("keys", |o| o["spec"]["image"]["ostree"]["verification"]["gpg"]["keys"] = json!("key"), "ASCII-armored"),
+        ("url", |o| o["spec"]["image"]["ostree"]["url"] = json!("ftp://x"), "http://, https:// or file://"),
+        ("zero budget", |o| o["spec"]["rollout"] = json!({"maxUnavailable": 0}), "rollout.paused"),
+        ("odd budget", |o| o["spec"]["rollout"] = json!({"maxUnavailable": "0%"}), "1% to 100%"),
+        (
+            "no selector",
+            |o| {
+                o["spec"].as_object_mut().unwrap().remove("nodeSelector");
+            },
+            "nodeSelector",
+        ),
+        ("duration", |o| o["spec"]["reboot"]["timeout"] = json!("soon"), "must be a duration like 90s"),
+        ("soak", |o| o["spec"]["health"]["soak"] = json!("1h"), "health.soak must be shorter"),
+        (
+            "check",
+            |o| o["spec"]["health"]["checks"][0]["http"] = json!({"url": "http://127.0.0.1:1/"}),
+            "exactly one of exec, systemdUnit and http",
+        ),
+    ];
+    for (fact, edit, said) in rows {
+        let refused = product.apply(&v2, edit).await.expect_err(fact);
+        let text = format!("{refused:#}");
+        assert!(text.contains(said), "{fact}: {text}");
+    }
+    let unknown = product.apply(&v2, |o| o["spec"]["rollout"] = json!({"maxUnavailabel": 2})).await;
+    assert!(unknown.is_err(), "a misspelt field is not silently dropped by kubectl");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_host_cannot_do_is_named_and_changes_nothing_on_it() {
+    let Some((product, _bed)) = product(2).await else { return };
+    let run = async {
+        let images = &product.images;
+        let missing = OsCommit { checksum: "0123456789abcdef".repeat(4), version: "missing".into() };
+        let foreign_keys = images.foreign_key.public_armored.clone();
+        refused(&product, &missing, "CommitNotFound", |_| {}).await?;
+        refused(&product, &images.unsigned, "SignatureInvalid", |_| {}).await?;
+        refused(&product, &images.foreign, "SignatureInvalid", |_| {}).await?;
+        refused(&product, &images.v2, "SignatureInvalid", |o| {
+            o["spec"]["image"]["ostree"]["verification"]["gpg"]["keys"] = json!(foreign_keys)
+        })
+        .await?;
+        refused(&product, &images.v2, "KeysInvalid", |o| {
+            o["spec"]["image"]["ostree"]["verification"]["gpg"]["keys"] =
+                json!("-----BEGIN PGP PUBLIC KEY BLOCK-----\ngarbage\n-----END PGP PUBLIC KEY BLOCK-----\n")
+        })
+        .await?;
+        refused(&product, &images.v2, "RefMismatch", |o| o["spec"]["image"]["ostree"]["ref"] = json!("another/branch"))
+            .await?;
+
+        product.server.inject("*.filez", Fault::FlipByte);
+        refused(&product, &images.v2, "ObjectCorrupted", |_| {}).await?;
+        product.server.clear();
+        product.server.down();
+        refused(&product, &images.v4, "RepoUnreachable", |_| {}).await?;
+        product.server.up()?;
+        for node in &product.bed.nodes {
+            node.host.no_space(true)?;
+        }
+        refused(&product, &images.v4, "NoSpace", |_| {}).await?;
+        for node in &product.bed.nodes {
+            node.host.no_space(false)?;
+        }
+        // What passes by itself is tried again by itself.
+        product.wait_updated(&images.v4, LONG).await?;
+        product.bed.nodes[0].host.pretend_not_ostree().await?;
+        product.bed.daemon("node-1")?.kill();
+        product.apply(&images.v2, |_| {}).await?;
+        degraded_as(&product, "node-1", "UnsupportedHost").await
+    };
+    explain(&product, run.await).await;
+}
+
+/// Applies, waits until node and OSImage say why it cannot be done, and compares the hosts with before.
+async fn refused(
+    product: &Product,
+    commit: &OsCommit,
+    reason: &str,
+    edit: impl FnOnce(&mut serde_json::Value),
+) -> Result<()> {
+    let state = async |name: &str| {
+        let host = &product.bed.node(name)?.host;
+        let entries: Vec<String> = host.boot_entries()?.iter().map(|e| format!("{} {}", e.commit, e.options)).collect();
+        Ok::<_, anyhow::Error>((
+            host.boot_id()?,
+            entries,
+            host.sh("ostree admin status; ostree refs; find /etc -type f | sort").await?,
+        ))
+    };
+    let before = state("node-1").await?;
+    product.apply(commit, edit).await?;
+    degraded_as(product, "node-1", reason).await?;
+    assert_eq!(state("node-1").await?, before, "{reason}: nothing on the host is changed");
+    eprintln!("{} is refused as {reason}", commit.version);
+    Ok(())
+}
+
+async fn degraded_as(product: &Product, node: &str, reason: &str) -> Result<()> {
+    product
+        .bed
+        .until(&format!("{node} and the OSImage to be Degraded as {reason}"), MINUTE, || async {
+            let status = product.node_os(node).await?.status.unwrap_or_default();
+            let found = condition::find(&status.conditions, ConditionType::Degraded).cloned();
+            let current = status.observed_generation == product.node_os(node).await?.metadata.generation;
+            let Some(found) = found.filter(|c| c.status == "True" && c.reason == reason && current) else {
+                bail!("the node says {:?}", status.conditions)
+            };
+            assert!(!found.message.is_empty());
+            let image = product.osimage().await?;
+            match degraded(&image) {
+                Some(text) if text.starts_with(reason) => Ok(()),
+                other => bail!("the OSImage says {other:?}"),
+            }
+        })
+        .await
+}
+
+// ---- rights ----
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_s_token_writes_the_status_of_its_own_node_and_nothing_else() {
+    let Some((product, _bed)) = product(2).await else { return };
+    let run = async {
+        product.apply(&product.images.v1.clone(), |_| {}).await?;
+        product.wait_phase("Updated", &product.images.v1.clone(), MINUTE).await?;
+        let config = product.bed.plane.dir().join("daemon-node-1.kubeconfig");
+        let client = product.bed.plane.client_for(&config).await?;
+        let node_oses: Api<NodeOS> = Api::all(client.clone());
+        let status = |text: &str| kube::api::Patch::Merge(json!({"status": {"message": text}}));
+        let params = kube::api::PatchParams::default();
+        node_oses.patch_status("node-1", &params, &status("mine")).await?;
+        let denied = |what: &str, result: bool| assert!(result, "{what} was allowed");
+        denied("another node's status", node_oses.patch_status("node-2", &params, &status("not mine")).await.is_err());
+        let spec = kube::api::Patch::Merge(json!({"spec": {"mayPull": true}}));
+        denied("its own spec", node_oses.patch("node-1", &params, &spec).await.is_err());
+        denied("deletion", node_oses.delete("node-1", &Default::default()).await.is_err());
+        let nodes: Api<Node> = Api::all(client.clone());
+        let cordon = kube::api::Patch::Merge(json!({"spec": {"unschedulable": true}}));
+        denied("a cordon", nodes.patch("node-1", &params, &cordon).await.is_err());
+        let images: Api<OSImage> = Api::all(client);
+        denied("reading OSImages", images.list(&Default::default()).await.is_err());
+        Ok(())
+    };
+    explain(&product, run.await).await;
+}
+
+// ---- at rest ----
+
+/// Fifty nodes that have nothing to do, for five minutes: the audit log shows no write of ours but the lease of the
+/// leader election.
+#[tokio::test(flavor = "multi_thread")]
+async fn at_rest_nothing_is_written() {
+    let Some((product, _bed)) = product(50).await else { return };
+    let run = async {
+        let v1 = product.images.v1.clone();
+        product.apply(&v1, |_| {}).await?;
+        product.wait_phase("Updated", &v1, LONG).await?;
+        let ours = |r: &osimage_kind_tests::audit::Request| r.user.contains("osimage-operator") && !r.is_lease();
+        // What the start has stirred up settles first.
+        until("the start to settle", LONG, || async {
+            let mark = product.bed.plane.audit_mark()?;
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            let writes = product.bed.plane.writes_since(mark)?;
+            match writes.iter().filter(|r| ours(r)).count() {
+                0 => Ok(()),
+                n => bail!("{n} writes in 10 s"),
+            }
+        })
+        .await?;
+        let mark = product.bed.plane.audit_mark()?;
+        tokio::time::sleep(Duration::from_secs(300)).await;
+        let all = product.bed.plane.writes_since(mark)?;
+        assert!(!all.is_empty(), "the log records at least the lease");
+        let writes: Vec<_> = all.iter().filter(|r| ours(r)).collect();
+        assert!(writes.is_empty(), "{writes:#?}");
+        Ok(())
+    };
+    explain(&product, run.await).await;
+}
