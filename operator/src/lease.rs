@@ -91,7 +91,7 @@ pub async fn hold(election: Election, leading: watch::Sender<bool>, stop: impl F
             Ok(Ok(Turn::Held(lease))) => {
                 known = Some(*lease);
                 good_until = began + give_up_after;
-                if !leading.send_replace(true) {
+                if turned(&leading, true) {
                     info!(lease = election.name, identity = election.me, "leading");
                 }
                 renew_every
@@ -110,7 +110,7 @@ pub async fn hold(election: Election, leading: watch::Sender<bool>, stop: impl F
                 retry_every
             }
         };
-        if Instant::now() >= good_until && leading.send_replace(false) {
+        if Instant::now() >= good_until && turned(&leading, false) {
             warn!(
                 lease = election.name,
                 identity = election.me,
@@ -122,11 +122,16 @@ pub async fn hold(election: Election, leading: watch::Sender<bool>, stop: impl F
             () = &mut stop => break,
         }
     }
-    if leading.send_replace(false)
+    if turned(&leading, false)
         && let Some(lease) = known
     {
         election.release(lease, retry_every).await;
     }
+}
+
+/// Says whether we lead, to those who listen only if that is new; tells whether it was.
+fn turned(leading: &watch::Sender<bool>, leads: bool) -> bool {
+    leading.send_if_modified(|led| std::mem::replace(led, leads) != leads)
 }
 
 impl Election {

@@ -100,6 +100,9 @@ impl Metrics {
 
     /// A pass decided this about an OSImage.
     pub fn decided(&self, image: &str, plan: &Plan) {
+        if self.leader.get() == 0 {
+            return; // a pass that was under way when the lease was lost
+        }
         let mut holds = BTreeMap::new();
         for hold in &plan.holds {
             *holds.entry(hold.reason.as_str()).or_insert(0) += 1;

@@ -68,13 +68,15 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         leading: leading.clone(),
     });
 
-    tokio::select! {
-        served = serving => served.with_context(|| format!("cannot serve on {}", args.metrics_address))?,
-        () = follow_lead(leading, metrics, wake) => {}
-        () = control(ctx, stores, wakes) => {}
-    }
+    let outcome = tokio::select! {
+        served = serving => served.with_context(|| format!("cannot serve on {}", args.metrics_address)),
+        () = follow_lead(leading, metrics, wake) => Ok(()),
+        () = control(ctx, stores, wakes) => Ok(()),
+    };
+    // Only now: whoever gets the lease next must not meet a pass of ours.
     drop(controller_ended);
-    electing.await.context("the election ended badly")
+    electing.await.context("the election ended badly")?;
+    outcome
 }
 
 /// A client without hidden retries: kube's default one answers a refused eviction (429) with minutes of silence.
