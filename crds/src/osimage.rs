@@ -84,6 +84,7 @@ pub struct OSTreeImage {
     #[schemars(length(max = 255))]
     pub ref_: Option<String>,
     /// Checksum of the commit to run: 64 lower-case hexadecimal digits, as `ostree rev-parse REF` prints it.
+    #[schemars(schema_with = "crate::value::written_commit")]
     pub commit: Commit,
     /// How a node makes sure that the commit comes from you. Exactly one way has to be chosen.
     pub verification: Verification,
