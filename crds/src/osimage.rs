@@ -40,6 +40,7 @@ pub struct OSImageSpec {
     /// The operating system to run.
     pub image: Image,
     /// The nodes to run it on, by their labels. `{}` selects every node; it has to be written on purpose.
+    #[schemars(schema_with = "selector_schema")]
     pub node_selector: LabelSelector,
     /// How many nodes at once, and when to stop.
     #[serde(default)]
@@ -145,6 +146,42 @@ impl Default for Rollout {
             failure_budget: IntOrString::Int(1),
         }
     }
+}
+
+/// As Kubernetes has it, but checked: the API server checks selectors of its own kinds only, and one that cannot be
+/// parsed would stop a rollout halfway.
+fn selector_schema(_: &mut SchemaGenerator) -> Schema {
+    let text = |max: u32| json_schema!({"type": "string", "maxLength": max});
+    json_schema!({
+        "type": "object",
+        "description": "The nodes to run it on, by their labels. `{}` selects every node; it has to be written on purpose.",
+        "properties": {
+            "matchLabels": {
+                "type": "object",
+                "description": "Labels that a node must have.",
+                "maxProperties": 32,
+                "additionalProperties": text(63)
+            },
+            "matchExpressions": {
+                "type": "array",
+                "description": "Requirements that a node must meet, all of them.",
+                "maxItems": 32,
+                "items": {
+                    "type": "object",
+                    "required": ["key", "operator"],
+                    "properties": {
+                        "key": text(317),
+                        "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"]},
+                        "values": {"type": "array", "maxItems": 256, "items": text(63)}
+                    },
+                    "x-kubernetes-validations": [{
+                        "rule": "(self.operator in ['In', 'NotIn']) == (has(self.values) && size(self.values) > 0)",
+                        "message": "values must be set for In and NotIn, and must not be for Exists and DoesNotExist"
+                    }]
+                }
+            }
+        }
+    })
 }
 
 fn budget_schema(_: &mut SchemaGenerator) -> Schema {

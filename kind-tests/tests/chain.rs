@@ -12,6 +12,7 @@ use kube::{Api, ResourceExt};
 use osimage_crds::{
     ConditionType, NodeOS, OSImage, condition,
     nodeos::{AttemptState, Outcome},
+    osimage::Phase,
 };
 use osimage_kind_tests::{
     cluster::Outage,
@@ -185,9 +186,18 @@ async fn a_budget_that_allows_nothing_is_named_and_waited_for() {
         let before = boots(&product);
         let v2 = product.images.v2.clone();
         product.apply(&v2, |_| {}).await?;
-        let image = product.wait_phase("Waiting", &v2, LONG).await?;
-        let status = image.status.unwrap_or_default();
-        let blocker = status.blockers.iter().find(|b| b.reason == "DrainBlocked").expect("the drain is named");
+        let status = product
+            .bed
+            .until("the drain to be named", LONG, || async {
+                let status = product.osimage().await?.status.unwrap_or_default();
+                let named = status.blockers.iter().filter(|b| b.reason == "DrainBlocked").count();
+                if named != 2 || status.phase != Some(Phase::Waiting) {
+                    bail!("{:?}: {:?}", status.phase, status.blockers)
+                }
+                Ok(status)
+            })
+            .await?;
+        let blocker = status.blockers.iter().find(|b| b.reason == "DrainBlocked").expect("it was counted");
         assert_eq!(blocker.object.as_deref(), Some("PodDisruptionBudget default/web"));
         assert!(blocker.message.contains("Pod default/web-"), "{}", blocker.message);
         assert_eq!(status.attempts, 0, "no node was disturbed");
@@ -532,7 +542,7 @@ async fn bad_input_is_refused_at_admission_with_the_field_and_the_fix() {
     let Some((product, _bed)) = product(1).await else { return };
     let v2 = product.images.v2.clone();
     type Edit = fn(&mut serde_json::Value);
-    let rows: [(&str, Edit, &str); 13] = [
+    let rows: [(&str, Edit, &str); 14] = [
         ("short commit", |o| o["spec"]["image"]["ostree"]["commit"] = json!("abc"), "spec.image.ostree.commit"),
         (
             "upper case",
@@ -558,6 +568,11 @@ async fn bad_input_is_refused_at_admission_with_the_field_and_the_fix() {
         ("url", |o| o["spec"]["image"]["ostree"]["url"] = json!("ftp://x"), "http://, https:// or file://"),
         ("zero budget", |o| o["spec"]["rollout"] = json!({"maxUnavailable": 0}), "rollout.paused"),
         ("odd budget", |o| o["spec"]["rollout"] = json!({"maxUnavailable": "0%"}), "1% to 100%"),
+        (
+            "selector",
+            |o| o["spec"]["nodeSelector"] = json!({"matchExpressions": [{"key": "a", "operator": "In"}]}),
+            "values must be set for In",
+        ),
         (
             "no selector",
             |o| {

@@ -50,6 +50,10 @@ impl Class {
 pub enum ObserveError {
     #[error("cannot read the OSImage")]
     ReadImage(#[source] kube::Error),
+    #[error("cannot read node {node}, which is in a slot, or its NodeOS")]
+    ReadSlot { node: String, source: kube::Error },
+    #[error("the slot book was written while the nodes in it were read")]
+    BookMoved,
     #[error("cannot look up OSImage {name}, which owns the NodeOS of a node")]
     ReadOwner { name: String, source: kube::Error },
     #[error("spec.nodeSelector is not a label selector")]
@@ -117,7 +121,9 @@ impl ObserveError {
     fn class(&self) -> Class {
         match self {
             ObserveError::ParseSelector(_) => Class::Invalid,
+            ObserveError::BookMoved => Class::Conflict,
             ObserveError::ReadImage(source)
+            | ObserveError::ReadSlot { source, .. }
             | ObserveError::ReadOwner { source, .. }
             | ObserveError::ListPods { source, .. } => Class::of(source),
         }

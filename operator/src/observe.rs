@@ -1,8 +1,9 @@
 //! Builds the [`Fleet`] of one pass: the only place that reads the cluster in order to decide.
 //!
 //! The OSImage is read from the API server itself, because its slot book is what keeps the budget; pods are
-//! listed there too, node by node and only where a decision needs them. Nodes, NodeOS objects and
-//! PodDisruptionBudgets come from the stores. Decides nothing, writes nothing.
+//! listed there too, node by node and only where a decision needs them; so are Node and NodeOS of the few nodes
+//! in slots. All other nodes, NodeOS objects and PodDisruptionBudgets come from the stores. Decides nothing, writes
+//! nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -55,6 +56,30 @@ pub fn seen(ctx: &Context) -> Seen {
 /// The OSImage as it is now; `None` when it is gone.
 pub async fn image(ctx: &Context, name: &str) -> Result<Option<OSImage>, ObserveError> {
     Api::<OSImage>::all(ctx.client.clone()).get_opt(name).await.map_err(ObserveError::ReadImage)
+}
+
+/// Replaces what the stores say of nodes in slots by what the API server says, all at one version of the slot book.
+/// A store that is behind shows the boot before the one that a slot was taken in, and that looks like a reboot.
+pub async fn slots(ctx: &Context, mut seen: Seen, image: &OSImage) -> Result<Seen, ObserveError> {
+    let slots: Vec<&str> = image.status.iter().flat_map(|s| &s.slots).map(|s| s.node.as_str()).collect();
+    if slots.is_empty() {
+        return Ok(seen);
+    }
+    let nodes: Api<Node> = Api::all(ctx.client.clone());
+    let node_oses: Api<NodeOS> = Api::all(ctx.client.clone());
+    for name in slots {
+        let failed = |source| ObserveError::ReadSlot { node: name.to_owned(), source };
+        let (node, node_os) = futures::try_join!(nodes.get_opt(name), node_oses.get_opt(name)).map_err(failed)?;
+        seen.nodes.retain(|n| n.name_any() != name);
+        seen.nodes.extend(node.map(Arc::new));
+        seen.node_oses.retain(|n| n.name_any() != name);
+        seen.node_oses.extend(node_os);
+    }
+    let again = self::image(ctx, &image.name_any()).await?;
+    match again.and_then(|i| i.resource_version()) == image.resource_version() {
+        true => Ok(seen),
+        false => Err(ObserveError::BookMoved),
+    }
 }
 
 /// Everything but the pods.

@@ -42,6 +42,7 @@ async fn pass(name: &str, ctx: &Context) -> Result<Action, ReconcileError> {
         ctx.metrics.forget(name);
         return Ok(Action::await_change());
     };
+    let seen = observe::slots(ctx, seen, &image).await?;
     let mut fleet = match observe::fleet(ctx, seen, image.clone()).await {
         Err(ObserveError::ParseSelector(error)) => {
             return refuse(ctx, &image, &ObserveError::ParseSelector(error)).await;

@@ -666,7 +666,10 @@ impl<'a> Draft<'a> {
         }
     }
 
-    fn finish(self) -> Plan {
+    fn finish(mut self) -> Plan {
+        if self.holds.iter().any(|h| h.reason == HoldReason::DaemonSilent) {
+            self.wake_in(status::DAEMON_ANSWERS_WITHIN);
+        }
         let status = status::status(self.fleet, self.book, &self.holds, self.now);
         Plan { status, steps: self.steps, holds: self.holds, wake: self.wake }
     }

@@ -1,6 +1,8 @@
 //! What the OSImage says of its rollout: counts, conditions, blockers, one line. No decision is made here, and
 //! none is made from what is written here except from the slot book, failures and rejected commits.
 
+use std::time::Duration;
+
 use k8s_openapi::jiff::Timestamp;
 use osimage_crds::{
     ConditionType, OSImageStatus,
@@ -18,6 +20,9 @@ const MAX_BLOCKERS: usize = 20;
 /// Bytes of one message.
 const MAX_MESSAGE: usize = 512;
 
+/// A daemon that has just been asked something is given this long before its silence is made a matter of.
+pub const DAEMON_ANSWERS_WITHIN: Duration = Duration::from_secs(15);
+
 /// Completes the status around the book. Times move only where what they speak of has changed, so that an
 /// unchanged rollout gives an unchanged status.
 pub fn status(fleet: &Fleet, book: OSImageStatus, holds: &[Hold], now: Timestamp) -> OSImageStatus {
@@ -25,9 +30,10 @@ pub fn status(fleet: &Fleet, book: OSImageStatus, holds: &[Hold], now: Timestamp
     let rejected = book.rejected.iter().find(|r| r.commit == *fleet.commit()).map(|r| r.message.clone());
     let mut blocking: Vec<&Hold> = holds.iter().filter(|h| h.reason.blocks()).collect();
     blocking.sort_by(|a, b| (a.reason, &a.node, &a.object).cmp(&(b.reason, &b.node, &b.object)));
+    let blockers = blockers(&book, &blocking, now);
+    blocking.retain(|hold| hold.reason != HoldReason::DaemonSilent || is_old(&blockers, hold, now));
     let phase = phase(fleet, &counts, rejected.is_some(), &blocking);
     let message = bounded(&line(fleet, phase, &counts, holds, &blocking), MAX_MESSAGE);
-    let blockers = blockers(&book, &blocking, now);
     let mut status = OSImageStatus {
         observed_generation: fleet.image.metadata.generation,
         phase: Some(phase),
@@ -39,6 +45,12 @@ pub fn status(fleet: &Fleet, book: OSImageStatus, holds: &[Hold], now: Timestamp
     };
     set_conditions(fleet, &mut status, phase, holds, &blocking, now);
     status
+}
+
+fn is_old(blockers: &[Blocker], hold: &Hold, now: Timestamp) -> bool {
+    let since = blockers.iter().find(|b| b.node == hold.node && b.reason == hold.reason.as_str()).map(|b| b.since.0);
+    let age = since.and_then(|since| Duration::try_from(now.duration_since(since)).ok());
+    age.is_none_or(|age| age >= DAEMON_ANSWERS_WITHIN)
 }
 
 fn count(fleet: &Fleet, book: &OSImageStatus) -> Counts {
@@ -92,7 +104,9 @@ fn line(fleet: &Fleet, phase: Phase, counts: &Counts, holds: &[Hold], blocking: 
             match (moving, blocking.first()) {
                 (Some(hold), _) => said(hold),
                 (None, Some(hold)) => said(hold),
-                (None, None) => "begins".into(),
+                (None, None) => {
+                    format!("{} of {} nodes run {}", counts.updated, counts.selected, fleet.commit().short())
+                }
             }
         }
     }

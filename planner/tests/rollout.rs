@@ -329,6 +329,18 @@ fn what_a_daemon_cannot_do_is_named_on_the_osimage() {
 }
 
 #[test]
+fn a_silent_daemon_is_made_a_matter_of_only_after_a_while() {
+    let mut silent = node("a");
+    silent.node_os.as_mut().unwrap().status = None;
+    let first = rollout::plan(&fleet([silent.clone()]), at(10));
+    assert_eq!((first.status.phase, first.wake.is_some()), (Some(Phase::Progressing), true));
+    assert_eq!(first.status.blockers[0].reason, "DaemonSilent", "it is listed at once");
+    let later = rollout::plan(&with_status(fleet([silent]), first.status), at(40));
+    assert_eq!(later.status.phase, Some(Phase::Waiting));
+    assert!(later.status.message.contains("node daemon"), "{}", later.status.message);
+}
+
+#[test]
 fn downloads_are_limited() {
     let mut fleet = fleet((0..5).map(|i| NodeView { node_os: None, ..node(&format!("n{i}")) }));
     fleet.image.spec.rollout.max_staging = 2;
