@@ -81,9 +81,10 @@ index_of() {
 go_back() {
   if [ -x "$own" ] && why=$("$own" guard-rollback --commit "$previous" 2>&1); then return; fi
   say "cannot go back with $own: ${why:-it is not there}"
+  why="$previous is not among its deployments"
   index=$(index_of "$previous")
   if [ -n "$index" ] && why=$(ostree admin set-default "$index" 2>&1); then return; fi
-  say "cannot go back with ostree: ${why:-}"
+  say "cannot go back with ostree: $why"
   if command -v rpm-ostree > /dev/null && why=$(rpm-ostree rollback 2>&1); then return; fi
   if command -v bootc > /dev/null && why=$(bootc rollback 2>&1); then return; fi
   return 1

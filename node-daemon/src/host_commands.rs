@@ -63,19 +63,53 @@ pub async fn start_finalizer(workers: &Workers) -> Result<(), CommandError> {
     run(workers, &command, SYSTEMCTL_LIMIT).await.map(|_| ())
 }
 
-/// Asks the host to reboot, in order: through logind, so that what holds the shutdown up is waited for, and what
+/// Asks the host to reboot, in order: what delays the shutdown (the kubelet, while it stops pods) is waited for, what
 /// forbids it is obeyed.
+///
+/// logind is asked itself where it can be: `systemctl --check-inhibitors=yes` would also refuse because somebody is
+/// logged in, and without it, root is not refused at all.
 pub async fn reboot(workers: &Workers) -> Result<(), CommandError> {
-    let obeying = words(&["systemctl", "--check-inhibitors=yes", "reboot"]);
-    match run(workers, &obeying, SYSTEMCTL_LIMIT).await {
-        // systemd before 248 asks logind, but cannot be told to obey for root.
-        Err(CommandError::Failed { output, .. }) if output.contains("unrecognized option") => {
-            run(workers, &words(&["systemctl", "reboot"]), SYSTEMCTL_LIMIT).await.map(|_| ())
-        }
-        other => other.map(|_| ()),
+    /// SD_LOGIND_ROOT_CHECK_INHIBITORS, since systemd 246.
+    const OBEY_INHIBITORS: &str = "1";
+    const MANAGER: [&str; 3] = ["org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager"];
+    let call =
+        [&["busctl", "--system", "call"], MANAGER.as_slice(), &["RebootWithFlags", "t", OBEY_INHIBITORS]].concat();
+    match run(workers, &words(&call), SYSTEMCTL_LIMIT).await {
+        Ok(_) => Ok(()),
+        Err(error) if forbids(&error) => Err(error),
+        // No logind, no bus, or older ones: systemctl knows what there is.
+        Err(_) => run(workers, &words(&["systemctl", "reboot"]), SYSTEMCTL_LIMIT).await.map(|_| ()),
+    }
+}
+
+/// Whether logind understood and refused.
+fn forbids(error: &CommandError) -> bool {
+    match error {
+        CommandError::Failed { output, .. } => output.to_lowercase().contains("inhibitor"),
+        CommandError::Run { .. } => false,
     }
 }
 
 fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|w| (*w).to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_told_from_a_bus_that_is_not_there() {
+        for (output, refused) in [
+            ("Call failed: Access denied to root due to active block inhibitor", true),
+            ("Call failed: Operation denied due to active block inhibitor", true),
+            ("Failed to connect to bus: No such file or directory", false),
+            ("Call failed: Unknown method RebootWithFlags or interface org.freedesktop.login1.Manager.", false),
+            ("execute busctl on the host: No such file or directory (os error 2)", false),
+        ] {
+            let error =
+                CommandError::Failed { command: "busctl".into(), status: "exit code 1".into(), output: output.into() };
+            assert_eq!(forbids(&error), refused, "{output}");
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Write},
+    io::{self, BufRead, BufReader, Seek, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -34,6 +34,19 @@ impl HostFiles {
 
     pub fn write(&self, host_path: &str, content: &[u8], mode: u32) -> io::Result<()> {
         write(&self.path(host_path), content, mode).map_err(|e| name(e, "write", Path::new(host_path)))
+    }
+
+    /// A copy of an open file, written when it is another one.
+    pub fn copy(&self, from: &mut File, host_path: &str, mode: u32) -> io::Result<()> {
+        let path = self.path(host_path);
+        let mut copied = || {
+            if File::open(&path).is_ok_and(|mut old| same_content(from, &mut old).unwrap_or(false)) {
+                return Ok(());
+            }
+            from.rewind()?;
+            replace(&path, mode, |new| io::copy(from, new).map(|_| ()))
+        };
+        copied().map_err(|e| name(e, "write", Path::new(host_path)))
     }
 
     /// Removes a file; it may be gone already.
@@ -69,14 +82,38 @@ pub fn write(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     if fs::read(path).is_ok_and(|old| old == content) && same_mode() {
         return Ok(());
     }
+    replace(path, mode, |new| new.write_all(content))
+}
+
+fn replace(path: &Path, mode: u32, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
     make_parent(path)?;
     let new = beside(path);
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&new)?;
-    file.write_all(content)?;
+    fill(&mut file)?;
     file.set_permissions(fs::Permissions::from_mode(mode))?;
     file.sync_all()?;
     fs::rename(&new, path)?;
     sync_parent(path)
+}
+
+fn same_content(a: &mut File, b: &mut File) -> io::Result<bool> {
+    if a.metadata()?.len() != b.metadata()?.len() {
+        return Ok(false);
+    }
+    a.rewind()?;
+    let (mut a, mut b) = (BufReader::new(a), BufReader::new(b));
+    loop {
+        let (left, right) = (a.fill_buf()?, b.fill_buf()?);
+        let common = left.len().min(right.len());
+        if left.get(..common) != right.get(..common) {
+            return Ok(false);
+        }
+        if common == 0 {
+            return Ok(left.is_empty() && right.is_empty());
+        }
+        a.consume(common);
+        b.consume(common);
+    }
 }
 
 fn make_parent(path: &Path) -> io::Result<()> {
@@ -122,6 +159,19 @@ mod tests {
         host.remove("/var/lib/x/file").unwrap();
         host.remove("/var/lib/x/file").unwrap();
         assert_eq!(host.read("/var/lib/x/file").unwrap(), None);
+    }
+
+    #[test]
+    fn a_copy_follows_its_source() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = HostFiles::new(folder.path());
+        let source = folder.path().join("source");
+        for content in [vec![1; 20_000], vec![1; 20_000], vec![2; 20_000], vec![2; 7], vec![]] {
+            fs::write(&source, &content).unwrap();
+            host.copy(&mut File::open(&source).unwrap(), "/bin/copy", 0o755).unwrap();
+            assert_eq!(fs::read(host.path("/bin/copy")).unwrap(), content);
+        }
+        assert_eq!(fs::metadata(host.path("/bin/copy")).unwrap().permissions().mode() & 0o777, 0o755);
     }
 
     #[test]

@@ -329,13 +329,8 @@ impl Host {
 
     /// One operation; the lines that the worker wrote.
     pub fn ask(&self, request: &Value) -> Vec<Value> {
-        let mut child = self
-            .worker()
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child =
+            self.worker().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         child.stdin.take().unwrap().write_all(request.to_string().as_bytes()).unwrap();
         let output = child.wait_with_output().unwrap();
         let lines = String::from_utf8(output.stdout.clone()).unwrap();
@@ -372,6 +367,15 @@ impl Host {
     /// A program of the host.
     pub fn program(&self, program: &[&str]) -> Output {
         self.worker().arg("--").args(program).stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// Something that stands for the daemon: a parent, which is returned, and a worker of it.
+    pub fn start_daemon_with(&self, program: &str, argument: &str) -> Child {
+        let mut command = Command::new("sh");
+        let script =
+            "\"$0\" worker --host-root $1/root --host-mount-namespace $1/ns/mnt --parent $$ -- \"$2\" \"$3\" & wait";
+        command.args(["-c", script, DAEMON, &format!("/proc/{}", self.pid), program, argument]);
+        command.stdin(Stdio::null()).spawn().unwrap()
     }
 
     /// A program of the host that goes on beside the test.

@@ -1,6 +1,8 @@
 //! The worker's operations for real: the compiled daemon, libostree of this machine, and hosts that libostree takes for
 //! booted. Skipped, with a word, where the machine cannot have such hosts.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+
 mod host;
 
 use std::{fs, sync::atomic::Ordering};
@@ -220,6 +222,28 @@ fn programs_run_in_the_hosts_namespace_with_a_clean_environment() {
     assert!(String::from_utf8(missing.stderr).unwrap().contains("no-such-program"));
 }
 
+#[test]
+fn a_worker_dies_with_its_daemon() {
+    if !possible() {
+        return;
+    }
+    let publisher = Publisher::new();
+    let v1 = publisher.commit("1", 1000, None);
+    let host = Host::boot(&publisher, &v1);
+    // Nothing else has this argument.
+    let argument = format!("{}.5", 400_000 + std::process::id());
+    let running = || {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let commands = processes.filter_map(|p| fs::read_to_string(p.path().join("cmdline")).ok());
+        commands.into_iter().any(|c| c == format!("sleep\0{argument}\0"))
+    };
+    let mut daemon = host.start_daemon_with("sleep", &argument);
+    wait_for("the worker", running);
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    wait_for("its death", || !running());
+}
+
 /// On v2, booted from v1, with the guard's files as the daemon writes them.
 fn on_trial(deadline: u32) -> (Publisher, Host, String, String) {
     let publisher = Publisher::new();
@@ -235,8 +259,7 @@ fn on_trial(deadline: u32) -> (Publisher, Host, String, String) {
     };
     write("/etc/osimage/guard.sh", include_bytes!("../../guard/osimage-guard.sh"));
     let boot = fs::read_to_string(host.path("boot-id")).unwrap();
-    let pending =
-        format!("attempt=a-1\ntarget={v2}\nprevious={v1}\ndeadline={deadline}\nboot={}\n", boot.trim());
+    let pending = format!("attempt=a-1\ntarget={v2}\nprevious={v1}\ndeadline={deadline}\nboot={}\n", boot.trim());
     write("/var/lib/osimage/guard/pending", pending.as_bytes());
     let program = host.file("/var/lib/osimage/bin/osimage-node-daemon");
     fs::create_dir_all(program.parent().unwrap()).unwrap();
@@ -319,4 +342,67 @@ fn the_guard_notices_a_host_that_is_back_already_and_one_that_cannot_go_back() {
     assert!(!host.systemctl_log().contains("reboot"), "nothing to go back to: it stays up");
     assert_eq!(host.booted(), v1);
     let _ = v2;
+}
+
+/// Prints the ratio to `ostree pull` and the worker's peak memory. Not an assertion: machines differ.
+#[test]
+#[ignore = "a measurement, for people: cargo test --test worker -- --ignored --nocapture"]
+fn measure_a_download() {
+    if !possible() {
+        return;
+    }
+    const BULK: usize = 200 << 20;
+    let publisher = Publisher::new();
+    let keys = publisher.key("release");
+    let v1 = publisher.commit("1", 1000, None);
+    let v2 = publisher.commit("2", BULK, Some("release"));
+    for round in 1..=3 {
+        let host = Host::boot(&publisher, &v1);
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let (ours, peak) = std::thread::scope(|scope| {
+            let memory = scope.spawn(|| {
+                let mut peak = 0;
+                while !done.load(Ordering::Relaxed) {
+                    peak = peak.max(worker_memory());
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                }
+                peak
+            });
+            let start = std::time::Instant::now();
+            host.done(&pull(&publisher.source(&v2, Some(&keys))));
+            done.store(true, Ordering::Relaxed);
+            (start.elapsed(), memory.join().unwrap())
+        });
+        let other = Host::boot(&publisher, &v1);
+        let add = ["ostree", "--repo=/ostree/repo", "remote", "add", "--no-gpg-verify", "x", &publisher.server.url()];
+        let in_own_mounts = ["unshare", "--mount", "sh", "-c", "mount -o remount,bind,rw /sysroot; exec \"$@\"", "sh"];
+        let cli = |arguments: &[&str]| {
+            let output = other.program(&[&in_own_mounts, arguments].concat());
+            assert!(output.status.success(), "{output:?}");
+        };
+        cli(&add);
+        let start = std::time::Instant::now();
+        cli(&["ostree", "--repo=/ostree/repo", "pull", "x", &v2]);
+        let theirs = start.elapsed();
+        println!(
+            "round {round}: worker {ours:?}, peak {} MiB; ostree pull {theirs:?}; ratio {:.2}",
+            peak / 1024,
+            ours.as_secs_f64() / theirs.as_secs_f64()
+        );
+    }
+}
+
+/// KiB of the largest worker that runs.
+fn worker_memory() -> u64 {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let workers = processes
+        .filter(|p| fs::read(p.path().join("cmdline")).is_ok_and(|c| c.windows(13).any(|w| w == b"worker-inside")));
+    workers
+        .filter_map(|p| {
+            let status = fs::read_to_string(p.path().join("status")).ok()?;
+            let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?.trim().to_owned();
+            line.split(' ').next()?.parse().ok()
+        })
+        .max()
+        .unwrap_or(0)
 }
