@@ -1,0 +1,145 @@
+//! Which node may be disrupted now, and what comes next for those that are.
+//!
+//! # The course of a slot
+//! Derived again on every pass from the slot book, the Node and the NodeOS; each line is written down before
+//! the next one is acted on, so that operators may die, or be two, anywhere.
+//!
+//! 1. the slot is written into the book (with the resourceVersion the OSImage was read at)
+//! 2. cordon, then evict, round by round, until nothing is left that has to go
+//! 3. `permitted` is written into the book, then the permit into the NodeOS (with its resourceVersion)
+//! 4. the host goes down, comes back, reports; when it is healthy and the Node is Ready, it is acknowledged
+//! 5. the outcome is written into the book; a failure is counted, and may reject the commit
+//! 6. uncordon what we cordoned; mark the attempt as released in the NodeOS
+//! 7. the slot is removed from the book
+//!
+//! # Guarantees
+//! * At most `maxUnavailable` selected nodes are in slots or down for any cause when a slot is taken.
+//! * No permit before the drain is complete; none for an attempt that has been released.
+//! * A commit that has spent the failure budget is not begun on any node.
+
+mod book;
+mod reserve;
+mod slots;
+mod upkeep;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use k8s_openapi::{
+    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+    jiff::{SignedDuration, Timestamp},
+};
+use osimage_crds::{
+    AttemptId, Commit, NodeOS, NodeOSSpec, OSImageStatus, names,
+    nodeos::{Attempt, AttemptState, OSImageRef, Outcome, Permit},
+    osimage::{Failure, Rejected, Slot, SlotOutcome, whole_seconds},
+};
+
+use crate::{
+    drain,
+    fleet::{Fleet, NodeView},
+    plan::{Change, Hold, HoldReason, Plan, Step},
+    status,
+};
+
+/// Candidates whose pods are looked at in one pass. Enough to find one that can be drained, and bounded.
+const LOOK_AHEAD: usize = 10;
+/// How long a node may be silent past reboot timeout and health deadline before it counts as lost.
+const LOST_GRACE: Duration = Duration::from_secs(30);
+/// How soon to look again at pods that stop, or that a budget holds: neither is watched.
+const DRAIN_LOOK: Duration = Duration::from_secs(2);
+/// Rejected commits that are remembered, the newest first.
+const MAX_REJECTED: usize = 20;
+
+/// The nodes whose pods have to be known for [`plan`]: those being drained, and the next candidates.
+pub fn inspect(fleet: &Fleet) -> BTreeSet<String> {
+    let status = fleet.status();
+    let draining = status.slots.iter().filter(|s| s.permitted.is_none() && s.outcome.is_none()).map(|s| s.node.clone());
+    let mut draft = Draft::new(fleet, Timestamp::UNIX_EPOCH);
+    draft.obey_retry();
+    let next = draft.candidates().into_iter().take(LOOK_AHEAD).map(|n| n.name.clone());
+    draining.chain(next).collect()
+}
+
+/// Decides one pass.
+pub fn plan(fleet: &Fleet, now: Timestamp) -> Plan {
+    let mut draft = Draft::new(fleet, now);
+    if !fleet.has_finalizer() {
+        let steps = if fleet.deleting() { vec![] } else { vec![Step::AddFinalizer] };
+        return Plan { status: fleet.status(), steps, holds: vec![], wake: None };
+    }
+    draft.obey_retry();
+    draft.forget_other_commits();
+    for slot in fleet.status().slots {
+        draft.advance(slot);
+    }
+    draft.reserve();
+    draft.look_after_the_rest();
+    draft.finish()
+}
+
+/// What a pass has decided so far.
+struct Draft<'a> {
+    fleet: &'a Fleet,
+    now: Timestamp,
+    /// The status being made; its slots are those that go on.
+    book: OSImageStatus,
+    steps: Vec<Step>,
+    holds: Vec<Hold>,
+    wake: Option<Duration>,
+}
+
+impl<'a> Draft<'a> {
+    fn new(fleet: &'a Fleet, now: Timestamp) -> Self {
+        let book = OSImageStatus { slots: vec![], ..fleet.status() };
+        Draft { fleet, now, book, steps: vec![], holds: vec![], wake: None }
+    }
+
+    fn hold(&mut self, node: &str, reason: HoldReason, message: impl Into<String>) {
+        self.holds.push(Hold { node: Some(node.into()), reason, object: None, message: message.into() });
+    }
+
+    fn wake_in(&mut self, wait: Duration) {
+        self.wake = Some(self.wake.map_or(wait, |w| w.min(wait)));
+    }
+
+    /// Wakes at a moment; says whether it has come.
+    fn due(&mut self, at: Timestamp) -> bool {
+        match Duration::try_from(at.duration_since(self.now)) {
+            Ok(left) if !left.is_zero() => {
+                self.wake_in(left);
+                false
+            }
+            Ok(_) | Err(_) => true,
+        }
+    }
+
+    fn finish(mut self) -> Plan {
+        if self.holds.iter().any(|h| h.reason == HoldReason::DaemonSilent) {
+            self.wake_in(status::DAEMON_ANSWERS_WITHIN);
+        }
+        let status = status::status(self.fleet, self.book, &self.holds, self.now);
+        Plan { status, steps: self.steps, holds: self.holds, wake: self.wake }
+    }
+}
+
+fn commit_of(spec: &NodeOSSpec) -> Option<&Commit> {
+    spec.image.as_ref().map(|i| &i.ostree.commit)
+}
+
+fn after(start: Timestamp, span: Duration) -> Timestamp {
+    SignedDuration::try_from(span).ok().and_then(|d| start.checked_add(d).ok()).unwrap_or(Timestamp::MAX)
+}
+
+/// A budget as a number of nodes: percentages round down, at least 1.
+pub fn resolve(budget: &IntOrString, nodes: usize) -> usize {
+    match budget {
+        IntOrString::Int(n) => usize::try_from(*n).unwrap_or(0).max(1),
+        IntOrString::String(text) => {
+            let percent: usize = text.trim_end_matches('%').parse().unwrap_or(0);
+            (nodes * percent.min(100) / 100).max(1)
+        }
+    }
+}

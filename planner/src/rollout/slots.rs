@@ -1,0 +1,258 @@
+//! The course of one slot; see the table in the module above.
+
+use super::*;
+
+impl Draft<'_> {
+    /// One slot, one pass further.
+    pub(super) fn advance(&mut self, mut slot: Slot) {
+        let Some(node) = self.fleet.nodes.get(&slot.node).filter(|n| n.exists) else {
+            return self.node_is_gone(slot);
+        };
+        let Some(node_os) = &node.node_os else {
+            return self.node_os_is_gone(slot, node);
+        };
+        if slot.outcome.is_some() {
+            return self.give_back(slot, node, node_os);
+        }
+        let status = node_os.status.clone().unwrap_or_default();
+        let attempt = status.last_attempt.filter(|a| a.attempt == slot.attempt);
+        if let Some(outcome) = attempt.as_ref().and_then(|a| a.outcome) {
+            let message = attempt.map(|a| a.message).unwrap_or_default();
+            self.conclude(&mut slot, node, outcome, message);
+        } else if node.daemon_boot_id().is_some_and(|id| id != slot.boot_id) {
+            self.after_reboot(&mut slot, node, node_os, attempt);
+        } else if slot.permitted.is_none() {
+            self.before_permit(&mut slot, node, node_os);
+        } else if slot.withdrawn.is_some() {
+            self.withdraw(&mut slot, node, node_os, attempt);
+        } else {
+            self.await_reboot(&mut slot, node, node_os);
+        }
+        self.book.slots.push(slot);
+    }
+
+    /// The node was deleted from the cluster: nothing is left to give back.
+    pub(super) fn node_is_gone(&mut self, mut slot: Slot) {
+        if slot.outcome.is_none() {
+            slot.outcome = Some(SlotOutcome::Cancelled);
+            self.book.slots.push(slot);
+        }
+    }
+
+    /// Somebody deleted the NodeOS of a node in a slot. The host may be anywhere in its attempt, so it is asked
+    /// again: a new NodeOS without a permit makes it give up, or tell how far it is.
+    pub(super) fn node_os_is_gone(&mut self, slot: Slot, node: &NodeView) {
+        if slot.outcome.is_some() {
+            return; // a cordon that is left is taken away by look_after_the_rest
+        }
+        let object = self.new_node_os(&node.name, &mut 1);
+        self.steps.push(Step::CreateNodeOS(Box::new(object)));
+        self.hold(&node.name, HoldReason::DaemonSilent, "its NodeOS was deleted and is made again");
+        self.book.slots.push(slot);
+    }
+
+    /// Whether a slot that has not been permitted is not wanted any more.
+    pub(super) fn unwanted(&self, slot: &Slot, node: &NodeView) -> bool {
+        let other_commit = slot.commit != *self.fleet.commit();
+        self.fleet.deleting() || !node.selected || other_commit || self.rejected(&slot.commit).is_some()
+    }
+
+    pub(super) fn before_permit(&mut self, slot: &mut Slot, node: &NodeView, node_os: &NodeOS) {
+        // The slot may have been taken by an old view: a node that does not hold the commit cannot go on.
+        let pulled = node_os.status.as_ref().and_then(|s| s.pulled.as_ref()) == Some(&slot.commit);
+        let assigned = commit_of(&node_os.spec) == Some(&slot.commit) && node_os.spec.os_image.uid == self.fleet.uid();
+        let dropped = !assigned || (node.daemon_is_current() && !pulled);
+        if dropped || self.unwanted(slot, node) {
+            slot.outcome = Some(SlotOutcome::Cancelled);
+            return;
+        }
+        if !node.unschedulable {
+            self.steps.push(Step::Cordon {
+                node: node.name.clone(),
+                owner: self.fleet.owner(),
+                resource_version: node.resource_version.clone(),
+            });
+            self.hold(&node.name, HoldReason::Draining, "is being cordoned");
+            return;
+        }
+        self.wake_in(DRAIN_LOOK);
+        let Some(pods) = &node.pods else {
+            self.hold(&node.name, HoldReason::Draining, "its pods have not been listed yet");
+            return;
+        };
+        let policy = &self.fleet.image.spec.drain;
+        let verdict = drain::assess(&node.name, pods, policy, &self.fleet.refusals);
+        if !verdict.evict.is_empty() {
+            self.steps.push(Step::Evict {
+                node: node.name.clone(),
+                pods: verdict.evict.clone(),
+                grace_period_seconds: policy.grace_period_seconds,
+            });
+        }
+        if !verdict.done() {
+            let waits = verdict.stopping.first().map(|pod| format!("waits for {pod} to stop"));
+            let message = waits.unwrap_or_else(|| format!("evicts {} pods", verdict.evict.len() + verdict.later));
+            self.hold(&node.name, HoldReason::Draining, message);
+            self.holds.extend(verdict.blocked.into_iter().chain(verdict.refused));
+            return;
+        }
+        if !pulled || !node.daemon_is_current() || !node.boots_agree() {
+            self.hold(
+                &node.name,
+                HoldReason::DaemonSilent,
+                "is drained; waits for its daemon to confirm that it holds the commit",
+            );
+            return;
+        }
+        slot.permitted = Some(whole_seconds(self.now));
+    }
+
+    /// When the permit runs out, and when the node counts as lost.
+    pub(super) fn deadlines(&self, slot: &Slot) -> (Timestamp, Timestamp) {
+        let spec = &self.fleet.image.spec;
+        let given = slot.permitted.as_ref().unwrap_or(&slot.since).0;
+        let reboot = spec.reboot.timeout.get();
+        (after(given, reboot), after(given, reboot + spec.health.deadline.get() + LOST_GRACE))
+    }
+
+    pub(super) fn permit(&self, slot: &Slot, acknowledged: bool) -> Permit {
+        Permit {
+            attempt: slot.attempt.clone(),
+            commit: slot.commit.clone(),
+            boot_id: slot.boot_id.clone(),
+            issued: slot.permitted.clone().unwrap_or_else(|| slot.since.clone()),
+            expires: whole_seconds(self.deadlines(slot).0),
+            acknowledged,
+        }
+    }
+
+    pub(super) fn await_reboot(&mut self, slot: &mut Slot, node: &NodeView, node_os: &NodeOS) {
+        let (expires, _) = self.deadlines(slot);
+        let problem = node_os.status.as_ref().and_then(|s| s.problem.as_ref());
+        // The kubelet of a node that is on its way may be heard before its daemon is.
+        let rebooted = !node.boot_id.is_empty() && node.boot_id != slot.boot_id;
+        if !rebooted && self.due(expires) {
+            let why = problem.map_or_else(|| "its daemon did not say why".to_owned(), |p| p.message.clone());
+            slot.withdrawn = Some(format!("did not reboot within {}: {why}", self.fleet.image.spec.reboot.timeout));
+            return;
+        }
+        let permitted = node_os.spec.permit.as_ref().is_some_and(|p| p.attempt == slot.attempt);
+        let released = node_os.spec.released.as_ref() == Some(&slot.attempt);
+        if !permitted && !released {
+            let permit = self.permit(slot, false);
+            self.update(node_os, Change::Permit, |spec| spec.permit = Some(permit));
+        }
+        match problem {
+            Some(problem) => self.hold(&node.name, HoldReason::NodeProblem(problem.reason), problem.message.clone()),
+            None => self.hold(&node.name, HoldReason::Rebooting, "reboots"),
+        }
+        self.watch_for_silence(slot, node);
+    }
+
+    /// The permit is taken back; the slot is kept until the daemon has seen that, or the node has rebooted.
+    pub(super) fn withdraw(&mut self, slot: &mut Slot, node: &NodeView, node_os: &NodeOS, attempt: Option<Attempt>) {
+        if node_os.spec.permit.as_ref().is_some_and(|p| p.attempt == slot.attempt) {
+            self.update(node_os, Change::Withdraw, |spec| spec.permit = None);
+        } else if node.daemon_is_current() && attempt.is_none() {
+            let why = slot.withdrawn.clone().unwrap_or_default();
+            return self.conclude(slot, node, Outcome::NeverRebooted, why);
+        }
+        self.hold(&node.name, HoldReason::Rebooting, "its permit was withdrawn; waits for its daemon to agree");
+        self.watch_for_silence(slot, node);
+    }
+
+    pub(super) fn after_reboot(
+        &mut self,
+        slot: &mut Slot,
+        node: &NodeView,
+        node_os: &NodeOS,
+        attempt: Option<Attempt>,
+    ) {
+        let Some(attempt) = attempt else {
+            // It rebooted without having begun the attempt: nobody's fault, and nothing was changed.
+            slot.outcome = Some(SlotOutcome::Cancelled);
+            return;
+        };
+        let acknowledged = node_os.spec.permit.as_ref().is_some_and(|p| p.attempt == slot.attempt && p.acknowledged);
+        let proven = node.ready && node.boots_agree() && node.booted() == Some(&slot.commit);
+        match attempt.state {
+            AttemptState::Healthy if acknowledged => {
+                self.hold(&node.name, HoldReason::Verifying, "is acknowledged; waits for the host to confirm");
+            }
+            AttemptState::Healthy if proven => {
+                let permit = self.permit(slot, true);
+                self.update(node_os, Change::Acknowledge, |spec| spec.permit = Some(permit));
+                self.hold(&node.name, HoldReason::Verifying, "is healthy and is being acknowledged");
+            }
+            AttemptState::Healthy => {
+                self.hold(&node.name, HoldReason::Verifying, "its host is healthy; waits for the node to be Ready");
+            }
+            AttemptState::Armed | AttemptState::Verifying | AttemptState::RollingBack | AttemptState::Finished => {
+                self.hold(&node.name, HoldReason::Verifying, attempt.message);
+            }
+        }
+        self.watch_for_silence(slot, node);
+    }
+
+    /// Past all deadlines the node counts as lost. Its slot is kept: it is down, whatever it is.
+    pub(super) fn watch_for_silence(&mut self, slot: &Slot, node: &NodeView) {
+        let (_, lost) = self.deadlines(slot);
+        if self.due(lost) {
+            let message = format!(
+                "has not reported an outcome within {} for its reboot and {} to become healthy: look at its console",
+                self.fleet.image.spec.reboot.timeout, self.fleet.image.spec.health.deadline
+            );
+            self.count_failure(slot, Outcome::Lost, message.clone());
+            self.hold(&node.name, HoldReason::NodeLost, message);
+        }
+    }
+
+    pub(super) fn conclude(&mut self, slot: &mut Slot, node: &NodeView, outcome: Outcome, message: String) {
+        match outcome {
+            Outcome::Booted => {
+                self.book.failures.retain(|f| f.attempt != slot.attempt);
+                slot.outcome = Some(SlotOutcome::Booted);
+            }
+            Outcome::NeverRebooted
+            | Outcome::NotFinalized
+            | Outcome::FellBack
+            | Outcome::RolledBack
+            | Outcome::Lost => {
+                let message = slot.withdrawn.clone().filter(|_| outcome == Outcome::NeverRebooted).unwrap_or(message);
+                self.count_failure(slot, outcome, message);
+                slot.outcome = Some(SlotOutcome::Failed);
+            }
+        }
+        self.hold(&node.name, HoldReason::Releasing, "is being given back");
+    }
+
+    /// The attempt is over: uncordon, mark it as released, and only then let the slot go.
+    pub(super) fn give_back(&mut self, slot: Slot, node: &NodeView, node_os: &NodeOS) {
+        let cordoned = node.cordoned_by.as_deref() == Some(self.fleet.owner().as_str());
+        let released = node_os.spec.permit.is_none() && node_os.spec.released.as_ref() == Some(&slot.attempt);
+        if cordoned {
+            self.uncordon(node);
+        }
+        if !released {
+            self.update(node_os, Change::Release, |spec| {
+                spec.permit = None;
+                spec.released = Some(slot.attempt.clone());
+            });
+        }
+        if cordoned || !released {
+            self.hold(&node.name, HoldReason::Releasing, "is being given back");
+            self.book.slots.push(slot);
+        }
+    }
+
+    pub(super) fn uncordon(&mut self, node: &NodeView) {
+        let (node, resource_version) = (node.name.clone(), node.resource_version.clone());
+        self.steps.push(Step::Uncordon { node, resource_version });
+    }
+
+    pub(super) fn update(&mut self, node_os: &NodeOS, change: Change, edit: impl FnOnce(&mut NodeOSSpec)) {
+        let mut object = NodeOS { status: None, ..node_os.clone() };
+        edit(&mut object.spec);
+        self.steps.push(Step::UpdateNodeOS { object: Box::new(object), change });
+    }
+}
