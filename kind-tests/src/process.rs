@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{
-    Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, test_kill_process_group, waitid,
+    Pid, Signal, WaitId, WaitIdOptions, WaitOptions, getpid, kill_process, kill_process_group, set_child_subreaper,
+    waitid, waitpgid,
 };
 use tokio::sync::watch;
 
@@ -223,11 +224,15 @@ impl Shared {
         let _ = kill_process_group(self.pid, Signal::KILL);
         let status = child.take().and_then(|mut c| c.wait().ok()).unwrap_or_default();
         drop(child);
-        // The rest of the group was killed too; its end is somebody else's to collect, and quick. A PID namespace in it
-        // is empty when its init is gone.
+        // The rest of the group was killed too. We are its reaper (see `spawn_on_keeper`): process 1 of a container may
+        // take seconds. A PID namespace in the group is empty when its init has been reaped.
         let start = Instant::now();
-        while test_kill_process_group(self.pid).is_ok() && start.elapsed() < GROUP_END {
-            thread::sleep(Duration::from_millis(2));
+        while start.elapsed() < GROUP_END {
+            match waitpgid(self.pid, WaitOptions::NOHANG) {
+                Ok(Some(_)) | Err(rustix::io::Errno::INTR) => {}
+                Ok(None) => thread::sleep(Duration::from_millis(1)),
+                Err(_) => break,
+            }
         }
         self.exit.send_replace(Some(status));
     }
@@ -303,6 +308,8 @@ fn spawn_on_keeper(cmd: Cmd, log: PathBuf) -> Result<Child> {
     static KEEPER: OnceLock<Sender<Job>> = OnceLock::new();
     let keeper = KEEPER.get_or_init(|| {
         let (jobs, inbox) = channel::<Job>();
+        // What a killed child leaves comes to us to be reaped, and so is gone when we say so.
+        let _ = set_child_subreaper(Some(getpid()));
         thread::spawn(move || {
             // `jobs` lives in a static, so this loop ends with the process and not before.
             for (cmd, log, reply) in inbox {
