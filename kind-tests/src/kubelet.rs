@@ -292,10 +292,8 @@ impl NodeAgent {
         let finished =
             pod.status.as_ref().and_then(|s| s.phase.as_deref()).is_some_and(|p| p == "Succeeded" || p == "Failed");
         if pod.metadata.deletion_timestamp.is_some() {
-            if !ends.contains_key(&uid) {
-                let node = Arc::clone(self);
-                ends.insert(uid, tokio::spawn(async move { node.end_pod(pod).await }));
-            }
+            let node = Arc::clone(self);
+            ends.entry(uid).or_insert_with(|| tokio::spawn(async move { node.end_pod(pod).await }));
             return;
         }
         if finished {

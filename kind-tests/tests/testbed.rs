@@ -1,5 +1,7 @@
 //! The test bed proves itself: each part is shown to behave like the thing it stands for.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)]
+
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
