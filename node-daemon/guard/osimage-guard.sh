@@ -124,7 +124,8 @@ while [ $(($(uptime_seconds) - start)) -lt "$deadline" ]; do
   if [ "$(cat "$run/confirmed" 2> /dev/null)" = "$attempt" ]; then
     say "attempt $attempt: confirmed"
     record confirmed "confirmed by the node daemon"
-    rm -f "$pending"
+    # Removed already by the daemon, which may have armed the next attempt.
+    [ "$(field "$pending" attempt)" = "$attempt" ] && rm -f "$pending"
     exit 0
   fi
   if [ "$(field "$pending" attempt)" != "$attempt" ]; then

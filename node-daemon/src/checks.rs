@@ -136,7 +136,7 @@ async fn run_exec(check: &ExecCheck, workers: &Workers) -> Result<(), String> {
 
 async fn run_unit(check: &SystemdUnitCheck, workers: &Workers) -> Result<(), String> {
     match host_commands::unit_state(workers, &check.unit).await {
-        Ok(state) if state == "active" => Ok(()),
+        Ok(state) if state == "active" || state == "reloading" => Ok(()),
         Ok(state) => Err(format!("{} is {state}", check.unit)),
         Err(error) => Err(error.to_string()),
     }

@@ -27,10 +27,10 @@ use kube::{
 };
 use osimage_crds::{
     Commit, NodeOS,
-    nodeos::{NodePhase, Permit},
+    nodeos::{NodePhase, Permit, ProblemReason},
     osimage::Image,
 };
-use osimage_planner::host::{self, HostPlan, HostStep, Wanted};
+use osimage_planner::host::{self, HostPlan, HostStep, Stage, Wanted};
 use osimage_runtime::{admin, logging, shutdown};
 
 use crate::{
@@ -52,6 +52,8 @@ use crate::{
 const LOOK_AT_LEAST: Duration = Duration::from_secs(60);
 /// After a look that failed, or a step that succeeded and left everything as it was.
 const LOOK_SOON: Duration = Duration::from_secs(5);
+/// How long a read of the NodeOS may take.
+const READ_LIMIT: Duration = Duration::from_secs(5);
 /// How long a reboot waits for the status to be written.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// The way back and what closes an attempt is not put off for longer.
@@ -133,6 +135,7 @@ impl Asked {
 
 struct Daemon {
     node: String,
+    api: Api<NodeOS>,
     workers: Workers,
     observer: Observer,
     executor: Executor,
@@ -177,6 +180,7 @@ impl Daemon {
             trouble: Trouble::default(),
             asked: Asked::Unknown,
             seen_in_list: None,
+            api: Api::all(client.clone()),
             publisher: Publisher::start(client, node.to_owned(), known.clone(), metrics.clone()),
             known,
             metrics: metrics.clone(),
@@ -207,7 +211,9 @@ impl Daemon {
                 match self.hold_back(&step) {
                     Some(pause) => wake = wake.min(pause),
                     None => {
-                        self.carry_out(step, &seen).await;
+                        if self.may_still(&step, &seen).await {
+                            self.carry_out(step, &seen).await;
+                        }
                         continue;
                     }
                 }
@@ -229,6 +235,28 @@ impl Daemon {
             HostStep::Reboot => again.max(self.executor.reboot_pause()),
             _ => again,
         }
+    }
+
+    /// A watch may be behind, and a permit may have been withdrawn meanwhile: it is read once more before it is used
+    /// up. The way back needs no permit, and asks nobody.
+    async fn may_still(&mut self, step: &HostStep, seen: &Observation) -> bool {
+        let forward = seen.state.record.as_ref().is_some_and(|r| r.stage == Stage::Underway);
+        if !matches!(step, HostStep::Reboot) || !forward {
+            return true;
+        }
+        let unanswered = match tokio::time::timeout(READ_LIMIT, self.api.get_opt(&self.node)).await {
+            Ok(Ok(object)) => {
+                self.ask(object.map_or(Asked::Nothing, |object| Asked::Object(Box::new(object))));
+                return host::plan(&seen.state, self.asked.wanted()).step.as_ref() == Some(step);
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} s", READ_LIMIT.as_secs()),
+        };
+        let message = format!("waits for the API server to say that the permit to reboot still stands: {unanswered}");
+        tracing::warn!(node = self.node, "{message}");
+        let failure = Failure::transient(ProblemReason::RebootFailed, message);
+        self.failed(self.commit_of(step, seen).as_ref(), failure, LONGEST_PAUSE_ON_TRIAL);
+        false
     }
 
     async fn carry_out(&mut self, step: HostStep, seen: &Observation) {

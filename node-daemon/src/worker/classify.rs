@@ -53,15 +53,6 @@ pub fn is_delta_error(error: &glib::Error) -> bool {
     ["delta", "superblock", "bspatch"].iter().any(|word| message.contains(word))
 }
 
-/// The object that an error calls corrupted, with its kind as libostree spells it.
-pub fn corrupted_object(error: &glib::Error) -> Option<(&str, &str)> {
-    let (_, rest) = error.message().split_once("Corrupted ")?;
-    let (kind, rest) = rest.split_once(" object")?;
-    let hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
-    let checksum = rest.split(|c| !hex(c)).find(|word| word.len() == 64)?;
-    Some((checksum, kind))
-}
-
 type Meaning = (ProblemReason, bool, &'static str);
 
 fn classify(doing: Doing, domain: &str, message: &str) -> Meaning {
@@ -221,17 +212,5 @@ mod tests {
         assert!(curl_code("[56] recv failure"));
         assert!(!curl_code("[origin] refspec"));
         assert!(!curl_code("no brackets"));
-    }
-
-    #[test]
-    fn the_corrupted_object_is_named() {
-        let sum = "0123456789abcdef".repeat(4);
-        let error = glib::Error::new(
-            ostree::gio::IOErrorEnum::Failed,
-            &format!("Corrupted file object; checksum expected='{sum}' actual='{}'", "f".repeat(64)),
-        );
-        assert_eq!(corrupted_object(&error), Some((sum.as_str(), "file")));
-        let other = glib::Error::new(ostree::gio::IOErrorEnum::Failed, "Corrupted nonsense");
-        assert_eq!(corrupted_object(&other), None);
     }
 }

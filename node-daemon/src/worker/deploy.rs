@@ -11,7 +11,7 @@ use ostree::{Deployment, KernelArgs, Sysroot, SysrootDeployTreeOpts, glib};
 use super::{
     Outcome, STATE,
     classify::{Doing, failure},
-    host_error,
+    host_error, repair,
     status::{is_complete, without},
     sysroot::{self, Locked, NEVER, commit_of, same},
     trust,
@@ -43,7 +43,7 @@ pub fn stage(source: &Source) -> Outcome<()> {
     let options = SysrootDeployTreeOpts { override_kernel_argv: Some(&arguments), ..Default::default() };
     let staged = sysroot
         .stage_tree_with_options(Some(&osname), source.commit.as_str(), Some(&origin), Some(&merge), &options, NEVER)
-        .map_err(|e| failure(Doing::Stage, &e))?;
+        .map_err(|e| why_not_staged(&sysroot, &source.commit, &e))?;
     let lost = lost_arguments(&arguments, &staged);
     if lost.is_empty() {
         return Ok(());
@@ -54,6 +54,25 @@ pub fn stage(source: &Source) -> Outcome<()> {
         ProblemReason::StageFailed,
         format!("the new deployment lost the kernel arguments {}; it was dropped again", lost.join(" ")),
     ))
+}
+
+/// A deployment that cannot be written may have a broken object to blame: then it is said, and mended.
+fn why_not_staged(sysroot: &Sysroot, commit: &Commit, error: &glib::Error) -> Failure {
+    let failure = failure(Doing::Stage, error);
+    if failure.reason == ProblemReason::NoSpace {
+        return failure;
+    }
+    match repair::remove_rotten(&sysroot.repo(), commit) {
+        Ok(0) | Err(_) => failure,
+        Ok(count) => Failure::transient(
+            ProblemReason::ObjectCorrupted,
+            format!(
+                "{count} objects of commit {} had been damaged on the disk of the host, and were removed; the commit \
+                 will be downloaded again. If it happens again, check the disk",
+                commit.short()
+            ),
+        ),
+    }
 }
 
 /// The arguments of the deployment that is merged from: libostree does not inherit them, and a deployment without

@@ -11,6 +11,7 @@ mod classify;
 mod deploy;
 mod kernel;
 mod pull;
+mod repair;
 mod space;
 mod status;
 mod sysroot;

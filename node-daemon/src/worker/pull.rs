@@ -13,12 +13,12 @@ use std::{
 };
 
 use osimage_crds::{Commit, nodeos::ProblemReason};
-use ostree::{AsyncProgress, ObjectType, Repo, RepoPullFlags, glib};
+use ostree::{AsyncProgress, Repo, RepoPullFlags, glib};
 
 use super::{
     HOLD, Outcome,
     channel::Channel,
-    classify::{Doing, corrupted_object, failure, is_delta_error},
+    classify::{Doing, failure, is_delta_error},
     space, status,
     status::{is_complete, library_has},
     sysroot::{self, Locked, NEVER},
@@ -38,7 +38,7 @@ pub fn pull(source: &Source, channel: &Channel) -> Outcome<()> {
     let had_it = is_complete(repo, &source.commit);
     let download = Download { repo, commit: &source.commit, channel };
 
-    download.run(Doing::FetchCommit, RepoPullFlags::COMMIT_ONLY, Deltas::No, None)?;
+    download.fetch(RepoPullFlags::COMMIT_ONLY, Deltas::No, None).map_err(|e| failure(Doing::FetchCommit, &e))?;
     if let Err(failure) = trusted.check() {
         if !had_it {
             trust::forget(repo, &source.commit);
@@ -100,41 +100,17 @@ struct Download<'a> {
 }
 
 impl Download<'_> {
-    /// All objects. One more try for each of: a broken static delta, a broken object in our own repository.
+    /// All objects; once more without static deltas when one of those was broken.
     fn content(&self, total: Option<u64>) -> Outcome<()> {
         // Before 2023.7 libostree fetches a delta and most of the loose objects as well.
         let deltas = if library_has(2023, 7) { Deltas::Yes } else { Deltas::No };
-        let fetch = |deltas| self.fetch(RepoPullFlags::NONE, deltas, total);
-        let first = fetch(deltas);
-        let second = match first {
-            Err(error) if deltas == Deltas::Yes && is_delta_error(&error) => fetch(Deltas::No),
+        let result = match self.fetch(RepoPullFlags::NONE, deltas, total) {
+            Err(error) if deltas == Deltas::Yes && is_delta_error(&error) => {
+                self.fetch(RepoPullFlags::NONE, Deltas::No, total)
+            }
             other => other,
         };
-        let third = match second {
-            Err(error) if self.remove_corrupted(&error) => fetch(Deltas::No),
-            other => other,
-        };
-        third.map_err(|e| failure(Doing::FetchContent, &e))
-    }
-
-    /// Whether the error is about an object in our own repository; it is removed then, and fetched by the next try.
-    fn remove_corrupted(&self, error: &glib::Error) -> bool {
-        let Some((checksum, kind)) = corrupted_object(error) else { return false };
-        let kind = match kind {
-            "file" => ObjectType::File,
-            "dirtree" => ObjectType::DirTree,
-            "dirmeta" => ObjectType::DirMeta,
-            "commit" => ObjectType::Commit,
-            _ => return false,
-        };
-        let ours = self.repo.has_object(kind, checksum, NEVER).unwrap_or(false);
-        ours && self.repo.fsck_object(kind, checksum, NEVER).is_err()
-            && self.repo.delete_object(kind, checksum, NEVER).is_ok()
-            && self.repo.mark_commit_partial(self.commit.as_str(), true).is_ok()
-    }
-
-    fn run(&self, doing: Doing, flags: RepoPullFlags, deltas: Deltas, total: Option<u64>) -> Outcome<()> {
-        self.fetch(flags, deltas, total).map_err(|e| failure(doing, &e))
+        result.map_err(|e| failure(Doing::FetchContent, &e))
     }
 
     fn fetch(&self, flags: RepoPullFlags, deltas: Deltas, total: Option<u64>) -> Result<(), glib::Error> {

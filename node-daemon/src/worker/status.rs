@@ -83,6 +83,13 @@ fn reason_not_to_touch(booted: &Deployment) -> Option<String> {
                 .into(),
         );
     }
+    if has_transient_etc() {
+        return Some(
+            "/etc of the host is transient (prepare-root.conf): the boot guard would not be carried into the new \
+             system; make /etc persistent"
+                .into(),
+        );
+    }
     let origin = booted.origin()?;
     let set = |group: &str, key: &str| origin.string(group, key).is_ok_and(|value| !value.is_empty());
     if set("origin", "container-image-reference") {
@@ -100,6 +107,18 @@ fn reason_not_to_touch(booted: &Deployment) -> Option<String> {
         "rpm-ostree has changed the running system ([{layered}] in its origin), which an OSTree commit would drop: \
          run `rpm-ostree reset` first, or build the packages into the commit"
     ))
+}
+
+/// Whether /etc is thrown away at each boot.
+fn has_transient_etc() -> bool {
+    const FILES: [&str; 3] =
+        ["/usr/lib/ostree/prepare-root.conf", "/etc/ostree/prepare-root.conf", "/run/ostree/prepare-root.conf"];
+    let transient = |file: &&str| {
+        let config = glib::KeyFile::new();
+        config.load_from_file(file, glib::KeyFileFlags::NONE).is_ok()
+            && config.boolean("etc", "transient").unwrap_or(false)
+    };
+    FILES.iter().any(transient)
 }
 
 /// The newest version that the library says it is.

@@ -33,13 +33,21 @@ impl Locked {
     /// Takes the lock, and reads anew what may have changed until then.
     pub fn take(sysroot: Sysroot) -> Outcome<Locked> {
         let give_up = Instant::now() + LOCK_WAIT;
-        while !sysroot.try_lock().map_err(|e| failure(Doing::Lock, &e))? {
-            if Instant::now() >= give_up {
-                return Err(Failure::transient(
+        loop {
+            let not_yet = match sysroot.try_lock() {
+                Ok(true) => break,
+                Ok(false) => Failure::transient(
                     ProblemReason::HostBusy,
                     "another program (rpm-ostree, bootc or ostree) is changing the system and holds its lock; \
                      waiting until it is done",
-                ));
+                ),
+                // Locking makes /sysroot writable, which the kernel refuses for as long as somebody has the file system
+                // frozen: a snapshot, or another libostree that syncs /boot.
+                Err(error) if error.message().contains("resource busy") => failure(Doing::Lock, &error),
+                Err(error) => return Err(failure(Doing::Lock, &error)),
+            };
+            if Instant::now() >= give_up {
+                return Err(not_yet);
             }
             std::thread::sleep(LOCK_LOOK);
         }

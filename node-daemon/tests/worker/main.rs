@@ -147,8 +147,66 @@ fn what_cannot_be_pulled_gets_its_reason_and_changes_nothing() {
     assert!(host.facts()["deployments"].as_array().unwrap().iter().all(|d| d["staged"] == false));
 }
 
+#[test]
+fn a_repository_may_be_a_folder_of_the_host() {
+    if !possible() {
+        return;
+    }
+    let publisher = Publisher::new();
+    let keys = publisher.key("release");
+    let v1 = publisher.commit("1", 1000, None);
+    let v2 = publisher.commit("2", 1000, Some("release"));
+    let unsigned = publisher.commit("3", 1000, None);
+    let host = Host::boot(&publisher, &v1);
+    host::run(std::process::Command::new("cp").arg("-a").arg(publisher.repo()).arg(host.file("/var/repo")));
+    let rows = [(unsigned.as_str(), "SignatureInvalid"), (&"d".repeat(64), "CommitNotFound")];
+    for (commit, reason) in rows {
+        let mut source = publisher.source(commit, Some(&keys));
+        source["url"] = json!("file:///var/repo");
+        let (got, _, message) = host.fails(&pull(&source));
+        println!("{got}: {message}");
+        assert_eq!(got, reason, "{message}");
+    }
+    let mut source = publisher.source(&v2, Some(&keys));
+    source["url"] = json!("file:///var/repo");
+    host.done(&pull(&source));
+    assert_eq!(host.facts()["held"], json!([v2]));
+}
+
+#[test]
+fn what_rotted_on_the_disk_is_found_and_fetched_again() {
+    if !possible() {
+        return;
+    }
+    let publisher = Publisher::new();
+    let v1 = publisher.commit("1", 1000, None);
+    let v2 = publisher.commit("2", 100_000, None);
+    let host = Host::boot(&publisher, &v1);
+    host.done(&pull(&publisher.source(&v2, None)));
+    let tree = |commit: &str| {
+        let show = ["ostree", "--repo=/ostree/repo", "ls", "-d", "-C", commit, "/"];
+        let text = String::from_utf8(host.program(&show).stdout).unwrap();
+        let sum = text.split_whitespace().find(|w| w.len() == 64).unwrap().to_owned();
+        host.path("sysroot/ostree/repo/objects").join(&sum[..2]).join(format!("{}.dirtree", &sum[2..]))
+    };
+    let rotten = tree(&v2);
+    fs::write(&rotten, b"rot").unwrap();
+    let (reason, transient, message) = host.fails(&stage(&publisher.source(&v2, None)));
+    assert_eq!((reason.as_str(), transient), ("ObjectCorrupted", true), "{message}");
+    assert_eq!(host.facts()["held"], json!([]), "it is downloaded again");
+    host.done(&pull(&publisher.source(&v2, None)));
+    host.done(&stage(&publisher.source(&v2, None)));
+}
+
 fn refs(host: &Host) -> String {
-    String::from_utf8(host.program(&["ostree", "refs"]).stdout).unwrap()
+    // Fails for as long as another host on the same file system has it frozen.
+    let mut refs = None;
+    wait_for("ostree refs", || {
+        let output = host.program(&["ostree", "refs"]);
+        refs = output.status.success().then(|| String::from_utf8(output.stdout).unwrap());
+        refs.is_some()
+    });
+    refs.unwrap()
 }
 
 fn etc(host: &Host) -> String {
