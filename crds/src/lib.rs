@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`osimage`] | `OSImage`, which a person writes: what to run, where, how carefully |
 //! | [`nodeos`] | `NodeOS`, one per node: spec = what the node may do now, status = what its daemon saw |
+//! | [`window`] | when nodes may be taken down |
 //! | [`value`] | checked values: commit checksums, attempt ids, durations |
 //! | [`condition`] | condition types and the one function that sets them |
 //! | [`names`] | labels, annotations, finalizers, field managers |
@@ -19,11 +20,13 @@ pub mod names;
 pub mod nodeos;
 pub mod osimage;
 pub mod value;
+pub mod window;
 
 pub use condition::{ConditionType, Conditions};
 pub use nodeos::{NodeOS, NodeOSSpec, NodeOSStatus};
 pub use osimage::{OSImage, OSImageSpec, OSImageStatus};
 pub use value::{AttemptId, Commit, Period};
+pub use window::Window;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;

@@ -10,6 +10,16 @@ pub const VERSION: &str = "v1alpha1";
 pub const CORDONED_BY: &str = "osimage.dev/cordoned-by";
 /// On an OSImage: any new value asks to try the rejected commits and failed nodes again.
 pub const RETRY: &str = "osimage.dev/retry";
+/// Prefix of annotations on an OSImage that approve a wave: `approve.osimage.dev/WAVE: COMMIT`. The commit may be
+/// shortened to at least 12 digits. An approval is for one commit only.
+pub const APPROVE_PREFIX: &str = "approve.osimage.dev/";
+/// On a Node: annotations for autoscalers that were added with the cordon, separated by commas; they go with it.
+pub const ADDED: &str = "osimage.dev/added-annotations";
+/// Annotations that keep autoscalers away from a node in a slot (Cluster Autoscaler, Karpenter).
+pub const KEEP_AUTOSCALERS_AWAY: [&str; 2] =
+    ["cluster-autoscaler.kubernetes.io/scale-down-disabled", "karpenter.sh/do-not-disrupt"];
+/// Label of control plane nodes.
+pub const CONTROL_PLANE_LABEL: &str = "node-role.kubernetes.io/control-plane";
 /// On an OSImage: holds its deletion until its nodes are left as they were found.
 pub const FINALIZER: &str = "osimage.dev/unwind";
 /// On a NodeOS: the name of the OSImage it was made for.

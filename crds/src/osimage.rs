@@ -119,31 +119,91 @@ pub struct GpgVerification {
 }
 
 /// How many nodes at once, and when to stop.
-#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
-#[serde(rename_all = "camelCase", default)]
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
 pub struct Rollout {
     /// Stops new starts. Nodes in flight finish.
+    #[serde(default)]
     pub paused: bool,
     /// How many of the selected nodes may be unavailable at once: a number, or a percentage of the selected
     /// nodes (rounded down, at least 1). Nodes that are down for any other reason count too.
+    #[serde(default = "one")]
     #[schemars(schema_with = "budget_schema")]
     pub max_unavailable: IntOrString,
     /// How many nodes may download at once.
+    #[serde(default = "ten")]
     #[schemars(range(min = 1))]
     pub max_staging: i32,
     /// How many nodes may fail on a commit before it is rejected and the rollout halts: a number, or a
     /// percentage of the selected nodes (rounded down, at least 1).
+    #[serde(default = "one")]
     #[schemars(schema_with = "budget_schema")]
     pub failure_budget: IntOrString,
+    /// How long a node must be Ready and verified before its slot is freed for the next one. It is uncordoned
+    /// at once.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub min_ready_seconds: i32,
+    /// A node label such as `topology.kubernetes.io/zone`. Nodes of two different values are never down at once
+    /// because of us: a node is started only while all others that are down, whatever the cause, have its value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 317))]
+    pub topology_key: Option<String>,
+    /// Groups of nodes that go one after another. Nodes in none of them come last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub waves: Vec<Wave>,
+}
+
+/// A group of nodes, chosen by their labels or by number.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.nodeSelector) != has(self.size)").message("exactly one of nodeSelector and size must be set")
+)]
+pub struct Wave {
+    /// Names the wave in status, events and approvals.
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([a-z0-9-]*[a-z0-9])?$')").message("must be lower-case letters, digits and '-'"))]
+    #[schemars(length(max = 40))]
+    pub name: String,
+    /// The selected nodes with these labels. No node may be in two waves by their labels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "selector_schema")]
+    pub node_selector: Option<LabelSelector>,
+    /// So many of the selected nodes that are in no other wave: a number, or a percentage of the selected nodes (rounded
+    /// down, at least 1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "budget_schema")]
+    pub size: Option<IntOrString>,
+    /// How long to wait after the last node of this wave before the next wave begins.
+    #[serde(default = "no_time")]
+    pub soak: Period,
+    /// Whether the wave begins by itself, or waits for the annotation `approve.osimage.dev/NAME: COMMIT` on the OSImage.
+    #[serde(default)]
+    pub approval: Approval,
+}
+
+/// Whether a wave begins by itself.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Approval {
+    /// It begins when the wave before it has soaked.
+    #[default]
+    Automatic,
+    /// It waits for a person, too.
+    Manual,
 }
 
 impl Default for Rollout {
     fn default() -> Self {
         Rollout {
             paused: false,
-            max_unavailable: IntOrString::Int(1),
-            max_staging: 10,
-            failure_budget: IntOrString::Int(1),
+            max_unavailable: one(),
+            max_staging: ten(),
+            failure_budget: one(),
+            min_ready_seconds: 0,
+            topology_key: None,
+            waves: vec![],
         }
     }
 }
@@ -187,6 +247,7 @@ fn selector_schema(_: &mut SchemaGenerator) -> Schema {
 fn budget_schema(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "x-kubernetes-int-or-string": true,
+        "maxLength": 4,
         "x-kubernetes-validations": [{
             "rule": "type(self) == int ? self >= 1 : string(self).matches('^([1-9][0-9]?|100)%$')",
             "message": "must be a number of at least 1 or a percentage from 1% to 100% (to stop a rollout, set rollout.paused)"
@@ -195,17 +256,57 @@ fn budget_schema(_: &mut SchemaGenerator) -> Schema {
 }
 
 /// How a node is emptied before it reboots.
-#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq, Default)]
-#[serde(rename_all = "camelCase", default)]
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("duration(self.timeout) >= duration('1s')").message("drain.timeout must be at least 1s"))]
 pub struct Drain {
+    /// How long a node may take to be emptied, from its cordon.
+    #[serde(default = "ten_minutes")]
+    pub timeout: Period,
+    /// What to do then.
+    #[serde(default)]
+    pub on_timeout: OnDrainTimeout,
     /// Seconds that an evicted pod has to stop. Defaults to what the pod asks for.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub grace_period_seconds: Option<i64>,
     /// Evict pods that use emptyDir volumes, whose content is lost. Otherwise such pods block the node.
+    #[serde(default)]
     pub delete_empty_dir_data: bool,
     /// Evict pods that no controller will make again. Otherwise such pods block the node.
+    #[serde(default)]
     pub delete_unmanaged_pods: bool,
+    /// Evict only the pods with these labels; the others go down with the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "selector_schema")]
+    pub pod_selector: Option<LabelSelector>,
+    /// Evict nothing: nodes are cordoned and rebooted with all their pods.
+    #[serde(default)]
+    pub skip: bool,
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        Drain {
+            timeout: ten_minutes(),
+            on_timeout: OnDrainTimeout::default(),
+            grace_period_seconds: None,
+            delete_empty_dir_data: false,
+            delete_unmanaged_pods: false,
+            pod_selector: None,
+            skip: false,
+        }
+    }
+}
+
+/// What to do with a node that was not emptied in time.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum OnDrainTimeout {
+    /// Give it back and try another; come back to it later, after a pause that grows.
+    #[default]
+    Abort,
+    /// Delete what is left, whatever PodDisruptionBudgets say.
+    Force,
 }
 
 /// The reboot itself.
@@ -308,6 +409,18 @@ pub struct HttpCheck {
     pub timeout: Period,
 }
 
+fn one() -> IntOrString {
+    IntOrString::Int(1)
+}
+
+fn ten() -> i32 {
+    10
+}
+
+fn no_time() -> Period {
+    Period::seconds(0)
+}
+
 fn ten_minutes() -> Period {
     Period::seconds(600)
 }
@@ -354,6 +467,15 @@ pub struct OSImageStatus {
     /// `osimage.dev/retry` gets a new value.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rejected: Vec<Rejected>,
+    /// Nodes that could not be emptied in time; they are come back to later.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub deferred: Vec<Deferred>,
+    /// The rollout of the current commit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutStatus>,
+    /// Earlier rollouts, the newest first; at most 10.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<PastRollout>,
     /// The value of the annotation `osimage.dev/retry` that was last obeyed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_handled: Option<String>,
@@ -421,6 +543,9 @@ pub struct Slot {
     /// Set once the attempt is over; what is left is to give the node back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<SlotOutcome>,
+    /// When it was over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Time>,
 }
 
 /// How a slot ended.
@@ -450,6 +575,81 @@ pub struct Failure {
     pub message: String,
     /// When the operator learnt of it.
     pub time: Time,
+}
+
+/// A node that could not be emptied in time.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Deferred {
+    /// The node.
+    pub node: String,
+    /// How often in a row.
+    pub times: i32,
+    /// Not tried again before.
+    pub until: Time,
+}
+
+/// How far the rollout of one commit is.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutStatus {
+    /// The commit.
+    pub commit: Commit,
+    /// When the OSImage began to ask for it.
+    pub started: Time,
+    /// When all selected nodes had it for the first time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished: Option<Time>,
+    /// The waves, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waves: Vec<WaveStatus>,
+}
+
+/// How far one wave is.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct WaveStatus {
+    /// Its name.
+    pub name: String,
+    /// Nodes in it.
+    pub nodes: i32,
+    /// Of them, verified on the commit.
+    pub updated: i32,
+    /// When all of them were, for the first time; its soak counts from here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub completed: Option<Time>,
+}
+
+/// How an earlier rollout ended.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct PastRollout {
+    /// The commit.
+    pub commit: Commit,
+    /// When the OSImage began to ask for it.
+    pub started: Time,
+    /// When all selected nodes had it for the first time; absent when another commit was asked for before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished: Option<Time>,
+    /// When another commit was asked for.
+    pub ended: Time,
+    /// How it stood then.
+    pub result: RolloutResult,
+    /// Nodes verified on the commit then.
+    pub updated: i32,
+    /// Nodes that failed on it.
+    pub failed: i32,
+}
+
+/// How a rollout stood when another commit was asked for.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RolloutResult {
+    /// Every selected node had the commit.
+    Finished,
+    /// The commit was rejected.
+    Rejected,
+    /// It was under way.
+    Superseded,
 }
 
 /// A commit that is not tried again.

@@ -33,6 +33,10 @@ pub struct Args {
     #[arg(long, env = "LEASE_DURATION", default_value = "15s", value_parser = lease_duration)]
     pub lease_duration: Period,
 
+    /// The node that this operator runs on; it is updated last.
+    #[arg(long, env = "NODE_NAME")]
+    pub node_name: Option<String>,
+
     /// Who this operator is in the lease and in events; must differ between operators. Defaults to host name and
     /// process id.
     #[arg(long, env = "POD_NAME")]

@@ -22,8 +22,19 @@ pub struct Context {
     pub metrics: Metrics,
     /// What the API server last said to evictions that it refused.
     pub refusals: Refusals,
+    /// Which pod this is.
+    pub own: Own,
     /// Whether this process is the one that acts.
     pub leading: watch::Receiver<bool>,
+}
+
+/// The operator's own pod, as far as it knows: its node goes last, and it is not evicted where it could go nowhere.
+#[derive(Clone, Debug, Default)]
+pub struct Own {
+    /// The node it runs on.
+    pub node: Option<String>,
+    /// Its namespace and name.
+    pub pod: Option<(String, String)>,
 }
 
 impl Context {

@@ -58,6 +58,10 @@ pub enum ObserveError {
     ReadOwner { name: String, source: kube::Error },
     #[error("spec.nodeSelector is not a label selector")]
     ParseSelector(#[source] ParseExpressionError),
+    #[error("cannot list VolumeAttachments")]
+    ListVolumeAttachments(#[source] kube::Error),
+    #[error("cannot read PersistentVolume {volume}")]
+    ReadVolume { volume: String, source: kube::Error },
     #[error("cannot list the pods of node {node}")]
     ListPods { node: String, source: kube::Error },
 }
@@ -86,6 +90,8 @@ pub enum ExecuteError {
     CordonNode { node: String, source: kube::Error },
     #[error("cannot uncordon node {node}")]
     UncordonNode { node: String, source: kube::Error },
+    #[error("cannot delete pod {pod}")]
+    DeletePod { pod: String, source: kube::Error },
     #[error("cannot evict pod {pod}")]
     EvictPod { pod: String, source: kube::Error },
     #[error("a NodeOS to replace carries no resourceVersion")]
@@ -123,6 +129,8 @@ impl ObserveError {
             ObserveError::ParseSelector(_) => Class::Invalid,
             ObserveError::BookMoved => Class::Conflict,
             ObserveError::ReadImage(source)
+            | ObserveError::ListVolumeAttachments(source)
+            | ObserveError::ReadVolume { source, .. }
             | ObserveError::ReadSlot { source, .. }
             | ObserveError::ReadOwner { source, .. }
             | ObserveError::ListPods { source, .. } => Class::of(source),
@@ -141,6 +149,7 @@ impl ExecuteError {
             | ExecuteError::DeleteNodeOS { source, .. }
             | ExecuteError::CordonNode { source, .. }
             | ExecuteError::UncordonNode { source, .. }
+            | ExecuteError::DeletePod { source, .. }
             | ExecuteError::EvictPod { source, .. } => Class::of(source),
         }
     }

@@ -108,6 +108,11 @@ fn of_deed(deed: &Deed) -> Option<Tale> {
             let note = format!("evicted from {node}: {}", pods.join(", "));
             Some(normal("PodsEvicted", "Drain", Some(node), note))
         }
+        Deed::Deleted { node, pods } => {
+            let pods: Vec<String> = pods.iter().map(|p| format!("{}/{}", p.namespace, p.name)).collect();
+            let note = format!("deleted from {node}, past drain.timeout: {}", pods.join(", "));
+            Some(warning("PodsDeleted", "Drain", Some(node), note))
+        }
         Deed::Changed { node, change, commit } => of_change(node, *change, commit.as_deref().unwrap_or_default()),
         Deed::Made { .. } | Deed::Removed { .. } | Deed::Held | Deed::LetGo => None,
     }
@@ -163,7 +168,7 @@ fn of_status(before: &OSImageStatus, after: &OSImageStatus) -> Vec<Tale> {
 }
 
 fn of_slot(before: Option<&Slot>, slot: &Slot) -> Option<Tale> {
-    let Slot { node, attempt, commit, boot_id: _, since: _, permitted, withdrawn: _, outcome } = slot;
+    let Slot { node, attempt, commit, boot_id: _, since: _, permitted, withdrawn: _, outcome, ended: _ } = slot;
     let Some(before) = before else {
         let note = format!("{node} is next: it goes to {} (attempt {attempt})", commit.short());
         return Some(normal("SlotTaken", "Reserve", Some(node), note));
@@ -228,6 +233,7 @@ mod tests {
             permitted: None,
             withdrawn: None,
             outcome: None,
+            ended: None,
         }
     }
 

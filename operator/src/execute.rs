@@ -6,7 +6,9 @@
 //! one leads by now, is refused by the API server. That is the safety argument, so there is no forced
 //! server-side apply here: it would let the stale one win.
 
-use k8s_openapi::api::core::v1::Node;
+use std::collections::{BTreeMap, BTreeSet};
+
+use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::{
     Api, ResourceExt,
     api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
@@ -28,6 +30,7 @@ pub enum Deed {
     Cordoned { node: String },
     Uncordoned { node: String },
     Evicted { node: String, pods: Vec<PodRef> },
+    Deleted { node: String, pods: Vec<PodRef> },
     Changed { node: String, change: Change, commit: Option<String> },
     Made { node: String },
     Removed { node: String },
@@ -57,8 +60,13 @@ async fn carry_out(ctx: &Context, image: &OSImage, step: &Step, deeds: &mut Vec<
         Step::CreateNodeOS(object) => create(ctx, object).await?,
         Step::UpdateNodeOS { object, change } => replace(ctx, object, *change).await?,
         Step::DeleteNodeOS(object) => delete(ctx, object).await?,
-        Step::Cordon { node, owner, resource_version } => cordon(ctx, node, owner, resource_version).await?,
-        Step::Uncordon { node, resource_version } => uncordon(ctx, node, resource_version).await?,
+        Step::Cordon { node, owner, annotate, resource_version } => {
+            cordon(ctx, node, owner, annotate, resource_version).await?
+        }
+        Step::Uncordon { node, remove, resource_version } => uncordon(ctx, node, remove, resource_version).await?,
+        Step::Delete { node, pods, grace_period_seconds } => {
+            delete_pods(ctx, node, pods, *grace_period_seconds).await?
+        }
         Step::Evict { node, pods, grace_period_seconds } => {
             let round = evict::round(&ctx.client, pods, *grace_period_seconds).await;
             for (uid, refusal) in evict::answers(&round) {
@@ -150,9 +158,18 @@ async fn delete(ctx: &Context, object: &NodeOS) -> Result<Option<Deed>, ExecuteE
 
 /// Cordons and signs in one write: a cordon without a signature would never be taken away, a signature without a
 /// cordon would take away somebody else's.
-async fn cordon(ctx: &Context, name: &str, owner: &str, version: &str) -> Result<Option<Deed>, ExecuteError> {
+async fn cordon(
+    ctx: &Context,
+    name: &str,
+    owner: &str,
+    annotate: &BTreeSet<String>,
+    version: &str,
+) -> Result<Option<Deed>, ExecuteError> {
+    let mut annotations: BTreeMap<&str, String> = annotate.iter().map(|a| (a.as_str(), "true".to_owned())).collect();
+    annotations.insert(names::CORDONED_BY, owner.to_owned());
+    annotations.insert(names::ADDED, annotate.iter().cloned().collect::<Vec<_>>().join(","));
     let body = json!({
-        "metadata": {"resourceVersion": version, "annotations": {names::CORDONED_BY: owner}},
+        "metadata": {"resourceVersion": version, "annotations": annotations},
         "spec": {"unschedulable": true},
     });
     match write(ctx, name, &body).await {
@@ -162,9 +179,16 @@ async fn cordon(ctx: &Context, name: &str, owner: &str, version: &str) -> Result
 }
 
 /// Takes away cordon and signature in one write. The planner has seen our signature at this version.
-async fn uncordon(ctx: &Context, name: &str, version: &str) -> Result<Option<Deed>, ExecuteError> {
+async fn uncordon(
+    ctx: &Context,
+    name: &str,
+    remove: &BTreeSet<String>,
+    version: &str,
+) -> Result<Option<Deed>, ExecuteError> {
+    let ours = [names::CORDONED_BY, names::ADDED].into_iter().chain(remove.iter().map(String::as_str));
+    let annotations: BTreeMap<&str, Option<&str>> = ours.map(|name| (name, None)).collect();
     let body = json!({
-        "metadata": {"resourceVersion": version, "annotations": {names::CORDONED_BY: null}},
+        "metadata": {"resourceVersion": version, "annotations": annotations},
         "spec": {"unschedulable": null},
     });
     match write(ctx, name, &body).await {
@@ -172,6 +196,33 @@ async fn uncordon(ctx: &Context, name: &str, version: &str) -> Result<Option<Dee
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(None),
         Err(source) => Err(ExecuteError::UncordonNode { node: name.to_owned(), source }),
     }
+}
+
+/// Deletes what was not evicted in time. Only ever by `drain.onTimeout: Force`.
+async fn delete_pods(
+    ctx: &Context,
+    node: &str,
+    pods: &[PodRef],
+    grace_period_seconds: Option<i64>,
+) -> Result<Option<Deed>, ExecuteError> {
+    for pod in pods {
+        let api: Api<Pod> = Api::namespaced(ctx.client.clone(), &pod.namespace);
+        let params = DeleteParams {
+            grace_period_seconds: grace_period_seconds.and_then(|s| u32::try_from(s).ok()),
+            ..DeleteParams::default()
+                .preconditions(Preconditions { uid: Some(pod.uid.clone()), resource_version: None })
+        };
+        match api.delete(&pod.name, &params).await {
+            Ok(_) => {}
+            // Gone, or another pod has its name by now.
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {}
+            Err(source) => {
+                let pod = format!("{}/{}", pod.namespace, pod.name);
+                return Err(ExecuteError::DeletePod { pod, source });
+            }
+        }
+    }
+    Ok(Some(Deed::Deleted { node: node.to_owned(), pods: pods.to_vec() }))
 }
 
 async fn write(ctx: &Context, name: &str, body: &serde_json::Value) -> Result<(), kube::Error> {
@@ -202,11 +253,24 @@ mod tests {
     }
 
     fn cordon() -> Step {
-        Step::Cordon { node: "n1".into(), owner: "web@u1".into(), resource_version: VERSION.into() }
+        let annotate = BTreeSet::from(["karpenter.sh/do-not-disrupt".to_owned()]);
+        Step::Cordon { node: "n1".into(), owner: "web@u1".into(), annotate, resource_version: VERSION.into() }
+    }
+
+    fn cordoning() -> Value {
+        json!({
+            "metadata": {"resourceVersion": VERSION, "annotations": {
+                "osimage.dev/cordoned-by": "web@u1",
+                "osimage.dev/added-annotations": "karpenter.sh/do-not-disrupt",
+                "karpenter.sh/do-not-disrupt": "true",
+            }},
+            "spec": {"unschedulable": true}
+        })
     }
 
     fn uncordon() -> Step {
-        Step::Uncordon { node: "n1".into(), resource_version: VERSION.into() }
+        let remove = BTreeSet::from(["karpenter.sh/do-not-disrupt".to_owned()]);
+        Step::Uncordon { node: "n1".into(), remove, resource_version: VERSION.into() }
     }
 
     fn node(replies: Result<Value, u16>, patch: Value) -> Exchange {
@@ -215,10 +279,7 @@ mod tests {
 
     #[tokio::test]
     async fn cordon_and_signature_are_one_write_on_the_version_that_was_seen() {
-        let patch = json!({
-            "metadata": {"resourceVersion": VERSION, "annotations": {"osimage.dev/cordoned-by": "web@u1"}},
-            "spec": {"unschedulable": true}
-        });
+        let patch = cordoning();
         let done = (vec![Deed::Cordoned { node: "n1".into() }], None);
         assert_eq!(wire(cordon(), node(Ok(json!({"metadata": {}})), patch.clone())).await, done);
         assert_eq!(wire(cordon(), node(Err(409), patch.clone())).await, (vec![], Some(Class::Conflict)));
@@ -228,7 +289,11 @@ mod tests {
     #[tokio::test]
     async fn uncordon_takes_both_away_in_one_write_on_the_version_that_was_seen() {
         let patch = json!({
-            "metadata": {"resourceVersion": VERSION, "annotations": {"osimage.dev/cordoned-by": null}},
+            "metadata": {"resourceVersion": VERSION, "annotations": {
+                "osimage.dev/cordoned-by": null,
+                "osimage.dev/added-annotations": null,
+                "karpenter.sh/do-not-disrupt": null,
+            }},
             "spec": {"unschedulable": null}
         });
         let done = (vec![Deed::Uncordoned { node: "n1".into() }], None);
@@ -278,13 +343,7 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_follows_a_step_that_failed() {
-        let first = node(
-            Err(409),
-            json!({
-                "metadata": {"resourceVersion": VERSION, "annotations": {"osimage.dev/cordoned-by": "web@u1"}},
-                "spec": {"unschedulable": true}
-            }),
-        );
+        let first = node(Err(409), cordoning());
         let (deeds, outcome) =
             on_the_wire(vec![first], async move |ctx| steps(&ctx, &image(), &[cordon(), uncordon()]).await).await;
         assert!(deeds.is_empty() && outcome.is_err());

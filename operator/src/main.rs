@@ -15,6 +15,7 @@ mod run;
 mod stores;
 #[cfg(test)]
 mod testing;
+mod volumes;
 
 use clap::Parser;
 

@@ -29,7 +29,7 @@ use osimage_planner::{
     fleet::{BudgetFacts, PodFacts},
 };
 
-use crate::{context::Context, error::ObserveError};
+use crate::{context::Context, error::ObserveError, volumes};
 
 /// Pods asked for at once.
 const PAGE: u32 = 250;
@@ -86,24 +86,33 @@ pub async fn slots(ctx: &Context, mut seen: Seen, image: &OSImage) -> Result<See
 pub async fn fleet(ctx: &Context, seen: Seen, image: OSImage) -> Result<Fleet, ObserveError> {
     let selector: Selector = image.spec.node_selector.clone().try_into().map_err(ObserveError::ParseSelector)?;
     let existing_images = existing(ctx, &image, &seen.node_oses).await?;
+    let refuges = seen.nodes.iter().map(|n| node_view(n)).filter(|n| !n.unavailable()).map(|n| n.name).collect();
     let nodes = assemble(&image, &selector, seen);
-    Ok(Fleet { image, existing_images, nodes, refusals: BTreeMap::new() })
+    let operator_node = ctx.own.node.clone();
+    Ok(Fleet { image, existing_images, nodes, operator_node, refuges, refusals: BTreeMap::new() })
 }
 
 /// Adds the pods of the given nodes, and what was last said of their evictions.
 pub async fn pods(ctx: &Context, fleet: &mut Fleet, nodes: BTreeSet<String>) -> Result<(), ObserveError> {
     let budgets = Budgets::new(&ctx.stores.budgets.state());
+    let attachments = if nodes.is_empty() { vec![] } else { volumes::attachments(ctx).await? };
     let mut lists = stream::iter(nodes)
         .map(|node| async move { list_pods(ctx, &node).await.map(|pods| (node, pods)) })
         .buffer_unordered(LISTS_AT_ONCE);
     while let Some((node, pods)) = lists.try_next().await? {
         if let Some(view) = fleet.nodes.get_mut(&node) {
-            view.pods = Some(pods.iter().map(|pod| pod_facts(pod, &budgets)).collect());
+            view.attached = volumes::leaving(ctx, &node, &attachments, &pods).await?;
+            let facts = |pod: &Pod| PodFacts { ourselves: is_own(ctx, pod), ..pod_facts(pod, &budgets) };
+            view.pods = Some(pods.iter().map(facts).collect());
         }
     }
     let uids = fleet.nodes.values().flat_map(|n| n.pods.iter().flatten()).map(|p| p.uid.as_str()).collect();
     fleet.refusals = ctx.refusals.of(fleet.name(), &uids);
     Ok(())
+}
+
+fn is_own(ctx: &Context, pod: &Pod) -> bool {
+    ctx.own.pod.as_ref().is_some_and(|(ns, name)| pod.namespace().as_ref() == Some(ns) && pod.name_any() == *name)
 }
 
 async fn list_pods(ctx: &Context, node: &str) -> Result<Vec<Pod>, ObserveError> {
@@ -155,7 +164,8 @@ fn assemble(image: &OSImage, selector: &Selector, seen: Seen) -> BTreeMap<String
         let view = NodeView { selected: selector.matches(node.labels()), node_os, ..node_view(node) };
         let ours = view.node_os.as_ref().is_some_and(|n| n.spec.os_image.uid == uid);
         let cordoned = view.cordoned_by.as_deref() == Some(owner.as_str());
-        if view.selected || ours || cordoned || slots.contains(name.as_str()) {
+        let control_plane = view.labels.contains_key(names::CONTROL_PLANE_LABEL);
+        if view.selected || control_plane || ours || cordoned || slots.contains(name.as_str()) {
             views.insert(name, view);
         }
     }
@@ -182,13 +192,29 @@ pub fn node_view(node: &Node) -> NodeView {
         resource_version: node.resource_version().unwrap_or_default(),
         exists: true,
         selected: false,
+        labels: node.labels().clone(),
+        kept_from_autoscalers: kept_from_autoscalers(node),
+        added: added(node),
         ready,
         unschedulable: node.spec.as_ref().and_then(|s| s.unschedulable).unwrap_or(false),
         cordoned_by: node.annotations().get(names::CORDONED_BY).cloned(),
         boot_id: status.and_then(|s| s.node_info.as_ref()).map(|info| info.boot_id.clone()).unwrap_or_default(),
         node_os: None,
         pods: None,
+        attached: vec![],
     }
+}
+
+fn kept_from_autoscalers(node: &Node) -> BTreeSet<String> {
+    let all = names::KEEP_AUTOSCALERS_AWAY.into_iter().filter(|a| node.annotations().contains_key(*a));
+    all.map(str::to_owned).collect()
+}
+
+/// Only names that we could have added: the annotation is on an object that others write, too.
+fn added(node: &Node) -> BTreeSet<String> {
+    let text = node.annotations().get(names::ADDED).map(String::as_str).unwrap_or_default();
+    let known = text.split(',').filter(|a| names::KEEP_AUTOSCALERS_AWAY.contains(a));
+    known.map(str::to_owned).collect()
 }
 
 /// PodDisruptionBudgets with their selectors parsed once, by namespace.
@@ -201,7 +227,11 @@ impl Budgets {
             // One without a selector selects nothing. One that cannot be parsed is refused by the API server.
             let Some(selector) = budget.spec.as_ref().and_then(|s| s.selector.clone()) else { continue };
             let Ok(selector) = Selector::try_from(selector) else { continue };
-            let facts = BudgetFacts { name: budget.name_any(), allowed: disruptions_allowed(budget) };
+            let facts = BudgetFacts {
+                name: budget.name_any(),
+                allowed: disruptions_allowed(budget),
+                lets_unready: lets_unready(budget),
+            };
             by_namespace.entry(budget.namespace().unwrap_or_default()).or_default().push((selector, facts));
         }
         Budgets(by_namespace)
@@ -220,6 +250,14 @@ pub fn disruptions_allowed(budget: &PodDisruptionBudget) -> i32 {
     budget.status.as_ref().map_or(0, |s| s.disruptions_allowed.unwrap_or_default())
 }
 
+/// Whether a budget lets pods go that are not Ready although it allows no disruption.
+fn lets_unready(budget: &PodDisruptionBudget) -> bool {
+    let always = budget.spec.as_ref().and_then(|s| s.unhealthy_pod_eviction_policy.as_deref()) == Some("AlwaysAllow");
+    let enough = |current: Option<i32>, desired: Option<i32>| current.unwrap_or(0) >= desired.unwrap_or(0).max(1);
+    let healthy = budget.status.as_ref().is_some_and(|s| enough(s.current_healthy, s.desired_healthy));
+    always || healthy
+}
+
 /// What a drain reads of a pod.
 fn pod_facts(pod: &Pod, budgets: &Budgets) -> PodFacts {
     let controller: Option<&OwnerReference> = pod.owner_references().iter().find(|o| o.controller == Some(true));
@@ -235,6 +273,13 @@ fn pod_facts(pod: &Pod, budgets: &Budgets) -> PodFacts {
         terminating: pod.metadata.deletion_timestamp.is_some(),
         empty_dir: volumes.is_some_and(|all| all.iter().any(|v| v.empty_dir.is_some())),
         unmanaged: controller.is_none(),
+        labels: pod.labels().clone(),
+        ready: pod
+            .status
+            .iter()
+            .flat_map(|s| s.conditions.iter().flatten())
+            .any(|c| c.type_ == "Ready" && c.status == "True"),
+        ourselves: false,
         budgets: budgets.of(&namespace, pod.labels()),
         namespace,
     }

@@ -49,10 +49,11 @@ async fn pass(name: &str, ctx: &Context) -> Result<Action, ReconcileError> {
         }
         observed => observed?,
     };
-    let inspected = rollout::inspect(&fleet);
+    let now = Timestamp::now();
+    let inspected = rollout::inspect(&fleet, now);
     observe::pods(ctx, &mut fleet, inspected).await?;
 
-    let plan = rollout::plan(&fleet, Timestamp::now());
+    let plan = rollout::plan(&fleet, now);
 
     ctx.metrics.decided(name, &plan);
     let image = publish::status(ctx, &image, &plan.status).await?;

@@ -20,7 +20,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     args::Args,
-    context::{Context, Refusals},
+    context::{Context, Own, Refusals},
     events::Teller,
     lease,
     metrics::Metrics,
@@ -40,6 +40,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let config = Config::infer().await.context("no kubeconfig and no service account to reach a cluster with")?;
     let namespace = args.lease_namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
     let client = client(config).context("cannot make a client")?;
+    let own = Own {
+        node: args.node_name.clone().filter(|name| !name.is_empty()),
+        pod: args.identity.clone().map(|pod| (namespace.clone(), pod)),
+    };
     info!(version = env!("CARGO_PKG_VERSION"), identity, "starts");
 
     let registry = Registry::new();
@@ -65,6 +69,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         stores: stores.clone(),
         metrics: metrics.clone(),
         refusals: Refusals::default(),
+        own,
         leading: leading.clone(),
     });
 

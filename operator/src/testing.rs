@@ -87,6 +87,7 @@ pub fn context(client: Client, stores: Stores) -> Context {
         stores,
         metrics: Metrics::new(&Registry::new()).unwrap(),
         refusals: Refusals::default(),
+        own: crate::context::Own::default(),
         leading,
     }
 }

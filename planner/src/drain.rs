@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use kube::core::{Selector, SelectorExt};
 use osimage_crds::osimage::Drain;
 
 use crate::{
@@ -41,7 +42,7 @@ impl Verdict {
 pub fn assess(node: &str, pods: &[PodFacts], policy: &Drain, refusals: &BTreeMap<String, String>) -> Verdict {
     let mut verdict = Verdict::default();
     let mut allowed: BTreeMap<(&str, &str), i32> = BTreeMap::new();
-    for pod in pods.iter().filter(|p| has_to_go(p)) {
+    for pod in pods.iter().filter(|p| has_to_go(p, policy)) {
         if pod.terminating {
             verdict.stopping.push(pod.to_string());
             continue;
@@ -49,7 +50,8 @@ pub fn assess(node: &str, pods: &[PodFacts], policy: &Drain, refusals: &BTreeMap
         for budget in &pod.budgets {
             allowed.entry((&pod.namespace, &budget.name)).or_insert(budget.allowed);
         }
-        let left = |b: &BudgetFacts| allowed.get(&(pod.namespace.as_str(), b.name.as_str())).copied().unwrap_or(0);
+        let allows = |b: &BudgetFacts| allowed.get(&(pod.namespace.as_str(), b.name.as_str())).copied().unwrap_or(0);
+        let left = |b: &BudgetFacts| if lets_go(pod, b) { 1 } else { allows(b) };
         if let Some(hold) = block(node, pod, policy, left) {
             verdict.blocked.push(hold);
             continue;
@@ -58,7 +60,7 @@ pub fn assess(node: &str, pods: &[PodFacts], policy: &Drain, refusals: &BTreeMap
             verdict.later += 1;
             continue;
         }
-        for budget in &pod.budgets {
+        for budget in pod.budgets.iter().filter(|b| !lets_go(pod, b)) {
             if let Some(left) = allowed.get_mut(&(pod.namespace.as_str(), budget.name.as_str())) {
                 *left -= 1;
             }
@@ -67,7 +69,7 @@ pub fn assess(node: &str, pods: &[PodFacts], policy: &Drain, refusals: &BTreeMap
             let message = format!("the API server refused to evict {pod}: {refusal}");
             verdict.refused.push(hold(node, pod.to_string(), message));
         }
-        verdict.evict.push(PodRef { namespace: pod.namespace.clone(), name: pod.name.clone(), uid: pod.uid.clone() });
+        verdict.evict.push(PodRef::from(pod));
     }
     verdict
 }
@@ -75,12 +77,35 @@ pub fn assess(node: &str, pods: &[PodFacts], policy: &Drain, refusals: &BTreeMap
 /// Whether a node could be emptied at all as things are: what makes no sense to begin is not begun. Budgets
 /// that allow some, if not all, are fine: the rest follows as replacements become ready.
 pub fn precheck(node: &str, pods: &[PodFacts], policy: &Drain) -> Option<Hold> {
-    let movable = pods.iter().filter(|p| has_to_go(p) && !p.terminating);
-    movable.filter_map(|pod| block(node, pod, policy, |budget| budget.allowed)).next()
+    let movable = pods.iter().filter(|p| has_to_go(p, policy) && !p.terminating);
+    let left = |pod: &PodFacts, budget: &BudgetFacts| if lets_go(pod, budget) { 1 } else { budget.allowed };
+    movable.filter_map(|pod| block(node, pod, policy, |budget| left(pod, budget))).next()
 }
 
-fn has_to_go(pod: &PodFacts) -> bool {
-    !pod.daemon_set && !pod.mirror && !pod.finished
+/// What is left on a node past its deadline, for deletion: all that has to go and does not go yet.
+pub fn remains(pods: &[PodFacts], policy: &Drain) -> Vec<PodRef> {
+    let left = pods.iter().filter(|p| has_to_go(p, policy) && !p.terminating);
+    left.map(PodRef::from).collect()
+}
+
+fn has_to_go(pod: &PodFacts, policy: &Drain) -> bool {
+    let stays = pod.daemon_set || pod.mirror || pod.finished || policy.skip;
+    let chosen = policy.pod_selector.as_ref().is_none_or(|selector| {
+        // One that cannot be parsed is refused at admission; to empty more is the safe side.
+        Selector::try_from(selector.clone()).map_or(true, |s| s.matches(&pod.labels))
+    });
+    !stays && chosen
+}
+
+/// Whether a budget that allows no disruption lets this pod go, because it is not Ready anyway.
+fn lets_go(pod: &PodFacts, budget: &BudgetFacts) -> bool {
+    !pod.ready && budget.lets_unready
+}
+
+impl From<&PodFacts> for PodRef {
+    fn from(pod: &PodFacts) -> Self {
+        PodRef { namespace: pod.namespace.clone(), name: pod.name.clone(), uid: pod.uid.clone() }
+    }
 }
 
 fn hold(node: &str, object: String, message: String) -> Hold {
@@ -127,7 +152,7 @@ mod tests {
     }
 
     fn guarded(name: &str, allowed: i32) -> PodFacts {
-        PodFacts { budgets: vec![BudgetFacts { name: "pdb".into(), allowed }], ..pod(name) }
+        PodFacts { budgets: vec![BudgetFacts { name: "pdb".into(), allowed, lets_unready: false }], ..pod(name) }
     }
 
     fn names(verdict: &Verdict) -> Vec<&str> {
@@ -181,6 +206,25 @@ mod tests {
         assert!(verdict.blocked[1].message.contains("drain.deleteUnmanagedPods"));
         let policy = Drain { delete_empty_dir_data: true, delete_unmanaged_pods: true, ..Drain::default() };
         assert_eq!(names(&assess("n", &pods, &policy, &BTreeMap::new())), ["a", "b"]);
+    }
+
+    #[test]
+    fn a_pod_that_is_not_ready_goes_where_its_budget_lets_it() {
+        let row = |ready, lets_unready| {
+            let budgets = vec![BudgetFacts { name: "pdb".into(), allowed: 0, lets_unready }];
+            assess("n", &[PodFacts { ready, budgets, ..pod("a") }], &Drain::default(), &BTreeMap::new()).evict.len()
+        };
+        assert_eq!((row(true, true), row(false, false), row(false, true)), (0, 0, 1));
+    }
+
+    #[test]
+    fn a_policy_may_choose_pods_or_leave_all() {
+        let labelled = PodFacts { labels: BTreeMap::from([("app".into(), "db".into())]), ..pod("db") };
+        let pods = [labelled, pod("web")];
+        let selector = serde_json::from_value(serde_json::json!({"matchLabels": {"app": "db"}})).unwrap();
+        let chosen = Drain { pod_selector: Some(selector), ..Drain::default() };
+        assert_eq!(names(&assess("n", &pods, &chosen, &BTreeMap::new())), ["db"]);
+        assert!(assess("n", &pods, &Drain { skip: true, ..Drain::default() }, &BTreeMap::new()).done());
     }
 
     #[test]

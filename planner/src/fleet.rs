@@ -20,8 +20,13 @@ pub struct Fleet {
     pub image: OSImage,
     /// UIDs of all OSImages that exist: a NodeOS of one that does not may be taken over.
     pub existing_images: BTreeSet<String>,
-    /// Every node that the selector matches, and every node on which something of ours is left.
+    /// Every node that the selector matches, every node on which something of ours is left, and all control plane
+    /// nodes.
     pub nodes: BTreeMap<String, NodeView>,
+    /// The node that the operator itself runs on: it goes last.
+    pub operator_node: Option<String>,
+    /// Nodes of the cluster, selected or not, that are Ready and not cordoned: where evicted pods can go.
+    pub refuges: BTreeSet<String>,
     /// What the API server last answered to evictions that it refused, by pod UID. Only for messages.
     pub refusals: BTreeMap<String, String>,
 }
@@ -37,6 +42,13 @@ pub struct NodeView {
     pub exists: bool,
     /// Whether the OSImage's selector matches it.
     pub selected: bool,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Annotations that keep autoscalers away and that are on it already, of
+    /// [`names::KEEP_AUTOSCALERS_AWAY`].
+    pub kept_from_autoscalers: BTreeSet<String>,
+    /// Those of them that we added: value of the annotation `osimage.dev/added-annotations`.
+    pub added: BTreeSet<String>,
     /// Whether its Ready condition is true.
     pub ready: bool,
     /// Whether it is cordoned, by whomever.
@@ -49,6 +61,8 @@ pub struct NodeView {
     pub node_os: Option<NodeOS>,
     /// Its pods, where they were asked for (see [`crate::rollout::inspect`]).
     pub pods: Option<Vec<PodFacts>>,
+    /// Volumes that are attached to it and that no pod uses which stays, where its pods were asked for.
+    pub attached: Vec<String>,
 }
 
 /// One pod on a node, reduced to what a drain decides by.
@@ -66,6 +80,12 @@ pub struct PodFacts {
     pub mirror: bool,
     /// Succeeded or Failed.
     pub finished: bool,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its Ready condition is true.
+    pub ready: bool,
+    /// The pod of this very operator.
+    pub ourselves: bool,
     /// Being deleted.
     pub terminating: bool,
     /// Uses an emptyDir volume.
@@ -83,6 +103,9 @@ pub struct BudgetFacts {
     pub name: String,
     /// `status.disruptionsAllowed`.
     pub allowed: i32,
+    /// Whether pods that are not Ready may go although it allows no disruption (KEP-3017): always by its
+    /// `unhealthyPodEvictionPolicy`, or because enough of its pods are healthy.
+    pub lets_unready: bool,
 }
 
 impl std::fmt::Display for PodFacts {

@@ -11,7 +11,9 @@
 //! | module | decides |
 //! |---|---|
 //! | [`rollout`] | which node may be disrupted now, and what comes next for those that are |
+//! | [`gate`] | what may hold a node back, one file per reason |
 //! | [`drain`] | which pods of a node to evict, and what blocks |
+//! | [`window`] | whether a maintenance window is open, and long enough |
 //! | [`status`] | what the OSImage says of all this |
 //! | [`host`] | the one next step of a host |
 //!
@@ -20,10 +22,12 @@
 
 pub mod drain;
 pub mod fleet;
+pub mod gate;
 pub mod host;
 pub mod plan;
 pub mod rollout;
 pub mod status;
+pub mod window;
 
 pub use fleet::{Fleet, NodeView};
 pub use plan::{Hold, HoldReason, Plan, Step};

@@ -1,7 +1,7 @@
 //! What a rollout decision says: the status to write, the steps to take, what is waited for, and when to
 //! look again.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use osimage_crds::{NodeOS, OSImageStatus, nodeos::ProblemReason};
 
@@ -45,6 +45,9 @@ pub enum Step {
         node: String,
         /// Value of the annotation `osimage.dev/cordoned-by`.
         owner: String,
+        /// Annotations to set to `true` with it, so that autoscalers leave the node alone; remembered in
+        /// `osimage.dev/added-annotations`.
+        annotate: BTreeSet<String>,
         /// resourceVersion of the Node as observed; a conflict means: look again.
         resource_version: String,
     },
@@ -52,8 +55,19 @@ pub enum Step {
     Uncordon {
         /// The node.
         node: String,
+        /// Annotations that we added with the cordon.
+        remove: BTreeSet<String>,
         /// resourceVersion of the Node as observed; a conflict means: look again.
         resource_version: String,
+    },
+    /// Delete pods that were not evicted in time, whatever PodDisruptionBudgets say (`drain.onTimeout: Force`).
+    Delete {
+        /// The node.
+        node: String,
+        /// The pods.
+        pods: Vec<PodRef>,
+        /// Seconds they have to stop; what they ask for when absent.
+        grace_period_seconds: Option<i64>,
     },
     /// Evict pods from a node.
     Evict {
@@ -108,6 +122,8 @@ pub struct Hold {
 /// Why something waits. The order is that of importance to a person.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum HoldReason {
+    /// The spec contradicts itself.
+    InvalidSpec,
     /// The commit failed too often.
     CommitRejected,
     /// The node failed on this commit.
@@ -118,6 +134,12 @@ pub enum HoldReason {
     NodeProblem(ProblemReason),
     /// A pod cannot be evicted.
     DrainBlocked,
+    /// The node could not be emptied in time, and is come back to later.
+    DrainDeferred,
+    /// A wave waits for a person.
+    WaveNotApproved,
+    /// No maintenance window is open, or none is long enough.
+    WindowClosed,
     /// No daemon has answered on the node.
     DaemonSilent,
     /// Another OSImage owns the node.
@@ -128,6 +150,14 @@ pub enum HoldReason {
     Paused,
     /// As many nodes as may be are unavailable for causes that are not ours.
     NodesUnavailable,
+    /// The wave before has not been updated.
+    WaveNotOpen,
+    /// The wave before soaks.
+    WaveSoaking,
+    /// A node of another value of `rollout.topologyKey` is down.
+    TopologyBusy,
+    /// Another control plane node is down.
+    ControlPlaneBusy,
     /// As many nodes are unavailable as may be.
     BudgetSpent,
     /// As many nodes download as may at once.
@@ -148,16 +178,24 @@ impl HoldReason {
     /// One word for machines.
     pub const fn as_str(self) -> &'static str {
         match self {
+            HoldReason::InvalidSpec => "InvalidSpec",
             HoldReason::CommitRejected => "CommitRejected",
             HoldReason::NodeFailed => "NodeFailed",
             HoldReason::NodeLost => "NodeLost",
             HoldReason::NodeProblem(problem) => problem.as_str(),
             HoldReason::DrainBlocked => "DrainBlocked",
+            HoldReason::DrainDeferred => "DrainDeferred",
+            HoldReason::WaveNotApproved => "WaveNotApproved",
+            HoldReason::WindowClosed => "WindowClosed",
             HoldReason::DaemonSilent => "DaemonSilent",
             HoldReason::OwnedByOther => "OwnedByOther",
             HoldReason::NodeNotReady => "NodeNotReady",
             HoldReason::Paused => "Paused",
             HoldReason::NodesUnavailable => "NodesUnavailable",
+            HoldReason::WaveNotOpen => "WaveNotOpen",
+            HoldReason::WaveSoaking => "WaveSoaking",
+            HoldReason::TopologyBusy => "TopologyBusy",
+            HoldReason::ControlPlaneBusy => "ControlPlaneBusy",
             HoldReason::BudgetSpent => "BudgetSpent",
             HoldReason::PullQueued => "PullQueued",
             HoldReason::Pulling => "Pulling",
@@ -171,7 +209,11 @@ impl HoldReason {
     /// Whether a person should hear of it: something outside the rollout's own course holds it up.
     pub const fn blocks(self) -> bool {
         match self {
-            HoldReason::CommitRejected
+            HoldReason::InvalidSpec
+            | HoldReason::CommitRejected
+            | HoldReason::DrainDeferred
+            | HoldReason::WaveNotApproved
+            | HoldReason::WindowClosed
             | HoldReason::NodeFailed
             | HoldReason::NodeLost
             | HoldReason::NodeProblem(_)
@@ -181,7 +223,11 @@ impl HoldReason {
             | HoldReason::NodeNotReady
             | HoldReason::Paused
             | HoldReason::NodesUnavailable => true,
-            HoldReason::BudgetSpent
+            HoldReason::WaveNotOpen
+            | HoldReason::WaveSoaking
+            | HoldReason::TopologyBusy
+            | HoldReason::ControlPlaneBusy
+            | HoldReason::BudgetSpent
             | HoldReason::PullQueued
             | HoldReason::Pulling
             | HoldReason::Draining

@@ -7,7 +7,7 @@ use k8s_openapi::jiff::Timestamp;
 use osimage_crds::{
     ConditionType, OSImageStatus,
     condition::{self, Verdict, bounded},
-    osimage::{Blocker, Counts, Phase, whole_seconds},
+    osimage::{Blocker, Counts, Phase, SlotOutcome, whole_seconds},
 };
 
 use crate::{
@@ -32,7 +32,7 @@ pub fn status(fleet: &Fleet, book: OSImageStatus, holds: &[Hold], now: Timestamp
     blocking.sort_by(|a, b| (a.reason, &a.node, &a.object).cmp(&(b.reason, &b.node, &b.object)));
     let blockers = blockers(&book, &blocking, now);
     blocking.retain(|hold| hold.reason != HoldReason::DaemonSilent || is_old(&blockers, hold, now));
-    let phase = phase(fleet, &counts, rejected.is_some(), &blocking);
+    let phase = phase(fleet, &counts, book.slots.len(), rejected.is_some(), &blocking);
     let message = bounded(&line(fleet, phase, &counts, holds, &blocking), MAX_MESSAGE);
     let mut status = OSImageStatus {
         observed_generation: fleet.image.metadata.generation,
@@ -56,6 +56,10 @@ fn is_old(blockers: &[Blocker], hold: &Hold, now: Timestamp) -> bool {
 fn count(fleet: &Fleet, book: &OSImageStatus) -> Counts {
     let in_slot = |n: &NodeView| book.slots.iter().any(|s| s.node == n.name);
     let failed = |n: &NodeView| book.failures.iter().any(|f| f.node == n.name && f.commit == *fleet.commit());
+    // A slot that only waits for minReadySeconds is that of a verified node.
+    let in_slot = |n: &NodeView| {
+        in_slot(n) && !book.slots.iter().any(|s| s.node == n.name && s.outcome == Some(SlotOutcome::Booted))
+    };
     let updated = |n: &&NodeView| n.booted() == Some(fleet.commit()) && !in_slot(n) && !failed(n);
     let pulled = |n: &&NodeView| {
         let pulled = n.node_os.as_ref().and_then(|o| o.status.as_ref()).and_then(|s| s.pulled.as_ref());
@@ -75,12 +79,12 @@ fn count(fleet: &Fleet, book: &OSImageStatus) -> Counts {
     }
 }
 
-fn phase(fleet: &Fleet, counts: &Counts, rejected: bool, blocking: &[&Hold]) -> Phase {
+fn phase(fleet: &Fleet, counts: &Counts, slots: usize, rejected: bool, blocking: &[&Hold]) -> Phase {
     if fleet.deleting() {
         Phase::Deleting
     } else if rejected {
         Phase::Halted
-    } else if counts.updated == counts.selected {
+    } else if counts.updated == counts.selected && slots == 0 {
         Phase::Updated
     } else if fleet.image.spec.rollout.paused {
         Phase::Paused
@@ -185,7 +189,8 @@ fn set_conditions(
 /// Whether waiting alone will not help, as far as is known.
 const fn needs_a_person(reason: HoldReason) -> bool {
     match reason {
-        HoldReason::CommitRejected
+        HoldReason::InvalidSpec
+        | HoldReason::CommitRejected
         | HoldReason::NodeFailed
         | HoldReason::NodeLost
         | HoldReason::NodeProblem(_)
@@ -195,6 +200,13 @@ const fn needs_a_person(reason: HoldReason) -> bool {
         | HoldReason::NodeNotReady
         | HoldReason::Paused
         | HoldReason::NodesUnavailable
+        | HoldReason::DrainDeferred
+        | HoldReason::WaveNotApproved
+        | HoldReason::WindowClosed
+        | HoldReason::WaveNotOpen
+        | HoldReason::WaveSoaking
+        | HoldReason::TopologyBusy
+        | HoldReason::ControlPlaneBusy
         | HoldReason::BudgetSpent
         | HoldReason::PullQueued
         | HoldReason::Pulling

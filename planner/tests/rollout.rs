@@ -113,6 +113,7 @@ fn slot(node: &str) -> Slot {
         permitted: None,
         withdrawn: None,
         outcome: None,
+        ended: None,
     }
 }
 
@@ -121,6 +122,8 @@ fn fleet(nodes: impl IntoIterator<Item = NodeView>) -> Fleet {
         image: image(),
         existing_images: BTreeSet::from([UID.to_owned()]),
         nodes: nodes.into_iter().map(|n| (n.name.clone(), n)).collect(),
+        operator_node: None,
+        refuges: BTreeSet::new(),
         refusals: BTreeMap::new(),
     }
 }
@@ -193,7 +196,7 @@ fn budgets_round_down_and_are_never_zero() {
 
 #[test]
 fn a_node_that_cannot_be_drained_is_not_disturbed_and_another_is_tried() {
-    let budgets = vec![BudgetFacts { name: "db".into(), allowed: 0 }];
+    let budgets = vec![BudgetFacts { name: "db".into(), allowed: 0, lets_unready: false }];
     let pod =
         PodFacts { namespace: "prod".into(), name: "db-0".into(), uid: "u".into(), budgets, ..PodFacts::default() };
     let blocked = NodeView { pods: Some(vec![pod]), ..node("a") };

@@ -53,6 +53,78 @@ impl Draft<'_> {
         }
     }
 
+    /// Come back to this node later, after a pause that doubles each time.
+    pub(super) fn defer(&mut self, node: &str) {
+        let times = self.book.deferred.iter().find(|d| d.node == node).map_or(1, |d| d.times.saturating_add(1));
+        let doublings = u32::try_from(times - 1).unwrap_or(0).min(8);
+        let pause = (DRAIN_AGAIN * 2_u32.pow(doublings)).min(DRAIN_AGAIN_AT_MOST);
+        self.book.deferred.retain(|d| d.node != node);
+        self.book.deferred.push(Deferred { node: node.into(), times, until: whole_seconds(after(self.now, pause)) });
+    }
+
+    pub(super) fn deferred(&self, node: &str) -> Option<&Deferred> {
+        self.book.deferred.iter().find(|d| d.node == node && d.until.0 > self.now)
+    }
+
+    /// The rollout of the current commit: begun, its waves, finished; the one before goes into the history.
+    pub(super) fn keep_history(&mut self) {
+        let now = whole_seconds(self.now);
+        let commit = self.fleet.commit().clone();
+        if let Some(past) = self.book.rollout.take_if(|r| r.commit != commit) {
+            let rejected = self.rejected(&past.commit).is_some();
+            let result = match (&past.finished, rejected) {
+                (_, true) => RolloutResult::Rejected,
+                (Some(_), false) => RolloutResult::Finished,
+                (None, false) => RolloutResult::Superseded,
+            };
+            let on_it = self.fleet.nodes.values().filter(|n| n.selected && n.booted() == Some(&past.commit)).count();
+            let failed = self.book.failures.iter().filter(|f| f.commit == past.commit).count();
+            self.book.history.insert(
+                0,
+                PastRollout {
+                    commit: past.commit,
+                    started: past.started,
+                    finished: past.finished,
+                    ended: now.clone(),
+                    result,
+                    updated: i32::try_from(on_it).unwrap_or(i32::MAX),
+                    failed: i32::try_from(failed).unwrap_or(i32::MAX),
+                },
+            );
+            self.book.history.truncate(MAX_HISTORY);
+        }
+        let started = now;
+        self.book.rollout.get_or_insert(RolloutStatus { commit, started, finished: None, waves: vec![] });
+    }
+
+    /// Counts the waves. That a wave was complete is remembered: a node that joins later does not close the next ones.
+    pub(super) fn count_waves(&mut self, members: &gate::wave::Membership<'_>) {
+        let now = whole_seconds(self.now);
+        let waves = self.fleet.image.spec.rollout.waves.iter().enumerate().map(|(index, wave)| {
+            let nodes: Vec<&str> = members.iter().filter(|(_, w)| **w == index).map(|(name, _)| *name).collect();
+            let updated = nodes.iter().filter(|name| self.is_updated(name)).count();
+            let known = self.book.rollout.iter().flat_map(|r| &r.waves).find(|w| w.name == wave.name);
+            let completed =
+                known.and_then(|w| w.completed.clone()).or_else(|| (updated == nodes.len()).then(|| now.clone()));
+            let number = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
+            WaveStatus { name: wave.name.clone(), nodes: number(nodes.len()), updated: number(updated), completed }
+        });
+        let waves: Vec<WaveStatus> = waves.collect();
+        let all = members.keys().all(|name| self.is_updated(name)) && !members.is_empty();
+        if let Some(rollout) = &mut self.book.rollout {
+            rollout.waves = waves;
+            if all && rollout.finished.is_none() {
+                rollout.finished = Some(now);
+            }
+        }
+    }
+
+    fn is_updated(&self, node: &str) -> bool {
+        let there = self.fleet.nodes.get(node).is_some_and(|n| n.booted() == Some(self.fleet.commit()));
+        let slot = self.book.slots.iter().find(|s| s.node == node);
+        there && self.failure(node).is_none() && slot.is_none_or(|s| s.outcome == Some(SlotOutcome::Booted))
+    }
+
     pub(super) fn selected(&self) -> usize {
         self.fleet.nodes.values().filter(|n| n.selected && n.exists).count()
     }

@@ -34,12 +34,16 @@ use k8s_openapi::{
 use osimage_crds::{
     AttemptId, Commit, NodeOS, NodeOSSpec, OSImageStatus, names,
     nodeos::{Attempt, AttemptState, OSImageRef, Outcome, Permit},
-    osimage::{Failure, Rejected, Slot, SlotOutcome, whole_seconds},
+    osimage::{
+        Deferred, Failure, OnDrainTimeout, PastRollout, Rejected, RolloutResult, RolloutStatus, Slot, SlotOutcome,
+        WaveStatus, whole_seconds,
+    },
 };
 
 use crate::{
     drain,
-    fleet::{Fleet, NodeView},
+    fleet::{Fleet, NodeView, PodFacts},
+    gate,
     plan::{Change, Hold, HoldReason, Plan, Step},
     status,
 };
@@ -50,16 +54,28 @@ const LOOK_AHEAD: usize = 10;
 const LOST_GRACE: Duration = Duration::from_secs(30);
 /// How soon to look again at pods that stop, or that a budget holds: neither is watched.
 const DRAIN_LOOK: Duration = Duration::from_secs(2);
+/// Pause before a node that could not be emptied in time is tried again; doubles each time.
+const DRAIN_AGAIN: Duration = Duration::from_secs(300);
+const DRAIN_AGAIN_AT_MOST: Duration = Duration::from_secs(6 * 3600);
+/// Earlier rollouts that are remembered.
+const MAX_HISTORY: usize = 10;
 /// Rejected commits that are remembered, the newest first.
 const MAX_REJECTED: usize = 20;
 
 /// The nodes whose pods have to be known for [`plan`]: those being drained, and the next candidates.
-pub fn inspect(fleet: &Fleet) -> BTreeSet<String> {
+pub fn inspect(fleet: &Fleet, now: Timestamp) -> BTreeSet<String> {
     let status = fleet.status();
     let draining = status.slots.iter().filter(|s| s.permitted.is_none() && s.outcome.is_none()).map(|s| s.node.clone());
-    let mut draft = Draft::new(fleet, Timestamp::UNIX_EPOCH);
+    let mut draft = Draft::new(fleet, now);
     draft.obey_retry();
-    let next = draft.candidates().into_iter().take(LOOK_AHEAD).map(|n| n.name.clone());
+    draft.keep_history();
+    let order = draft.order();
+    let Ok(members) = gate::wave::membership(fleet, &order) else { return draining.collect() };
+    draft.book.slots = status.slots.clone();
+    draft.count_waves(&members);
+    let waves = draft.book.rollout.iter().flat_map(|r| r.waves.clone()).collect::<Vec<_>>();
+    let closed = gate::wave::closed(fleet, &waves, now).map_or(usize::MAX, |c| c.from);
+    let next = draft.candidates(&order, &members, closed).into_iter().take(LOOK_AHEAD).map(|n| n.name.clone());
     draining.chain(next).collect()
 }
 
@@ -71,6 +87,7 @@ pub fn plan(fleet: &Fleet, now: Timestamp) -> Plan {
         return Plan { status: fleet.status(), steps, holds: vec![], wake: None };
     }
     draft.obey_retry();
+    draft.keep_history();
     draft.forget_other_commits();
     for slot in fleet.status().slots {
         draft.advance(slot);

@@ -1,15 +1,37 @@
 //! Which node takes a slot next, and why the others do not.
 
 use super::*;
+use crate::gate::{Down, wave::Membership};
 
 impl<'a> Draft<'a> {
-    /// Nodes that hold the commit and wait for their turn, in order. Holds are for [`Draft::reserve`].
-    pub(super) fn candidates(&self) -> Vec<&'a NodeView> {
+    /// The selected nodes in the order in which they go: by value of the topology key, so that one value is done before
+    /// the next; the operator's own node last.
+    pub(super) fn order(&self) -> Vec<&'a NodeView> {
+        let key = self.fleet.image.spec.rollout.topology_key.as_deref();
+        let own = self.fleet.operator_node.as_deref();
+        let mut nodes: Vec<&NodeView> = self.fleet.nodes.values().filter(|n| n.exists && n.selected).collect();
+        nodes.sort_by_cached_key(|n| {
+            let group = key.map_or("", |key| gate::topology::value(n, key));
+            (own == Some(n.name.as_str()), group, n.name.as_str())
+        });
+        nodes
+    }
+
+    /// Nodes that hold the commit and wait for their turn, wave by wave, in order, as far as waves have begun.
+    pub(super) fn candidates(
+        &self,
+        order: &[&'a NodeView],
+        members: &Membership<'_>,
+        closed: usize,
+    ) -> Vec<&'a NodeView> {
         let stopped = self.fleet.deleting()
             || self.fleet.image.spec.rollout.paused
             || self.rejected(self.fleet.commit()).is_some();
-        let nodes = self.fleet.nodes.values().filter(|n| !stopped && self.eligible(n).is_ok());
-        nodes.collect()
+        let wave = |n: &NodeView| members.get(n.name.as_str()).copied().unwrap_or(usize::MAX);
+        let nodes = order.iter().copied().filter(|n| !stopped && wave(n) < closed && self.eligible(n).is_ok());
+        let mut nodes: Vec<&NodeView> = nodes.collect();
+        nodes.sort_by_key(|n| wave(n));
+        nodes
     }
 
     /// Whether a node could take a slot, budgets and pods aside; else why not.
@@ -51,6 +73,13 @@ impl<'a> Draft<'a> {
                 false => hold(HoldReason::PullQueued, "waits until it may download (rollout.maxStaging)"),
             };
         }
+        if let Some(deferred) = self.deferred(&node.name) {
+            let message = format!(
+                "could not be emptied in time ({} times in a row); is tried again at {}",
+                deferred.times, deferred.until.0
+            );
+            return hold(HoldReason::DrainDeferred, &message);
+        }
         if !node.ready {
             return hold(HoldReason::NodeNotReady, "is not Ready, and is left alone until it is");
         }
@@ -70,48 +99,66 @@ impl<'a> Draft<'a> {
                 self.holds.push(hold);
             }
         }
+        for deferred in self.book.deferred.clone() {
+            self.due(deferred.until.0);
+        }
+        let order = self.order();
+        let members = match gate::wave::membership(fleet, &order) {
+            Ok(members) => members,
+            Err(message) => return self.holds.push(gate::whole(HoldReason::InvalidSpec, message)),
+        };
+        self.count_waves(&members);
         if fleet.deleting() {
             return;
         }
-        let whole = |reason, message| Hold { node: None, reason, object: None, message };
-        if let Some(rejected) = self.rejected(fleet.commit()) {
+        if let Some(hold) = self.halted() {
+            return self.holds.push(hold);
+        }
+        let statuses = self.book.rollout.iter().flat_map(|r| r.waves.clone()).collect::<Vec<_>>();
+        let closed = gate::wave::closed(fleet, &statuses, self.now);
+        let waiting = closed.as_ref().is_some_and(|c| members.values().any(|w| *w >= c.from));
+        if let Some(closed) = closed.as_ref().filter(|_| waiting) {
+            self.holds.push(closed.hold.clone());
+            if let Some(opens) = closed.opens {
+                self.due(opens);
+            }
+        }
+        let candidates = self.candidates(&order, &members, closed.map_or(usize::MAX, |c| c.from));
+        self.take(&candidates);
+    }
+
+    /// What stops every start.
+    fn halted(&self) -> Option<Hold> {
+        if let Some(rejected) = self.rejected(self.fleet.commit()) {
             let message = format!(
                 "commit {} is rejected ({}); apply another commit, or set the annotation {} to a new value to try it again",
                 rejected.commit.short(),
                 rejected.message,
                 names::RETRY
             );
-            let hold = whole(HoldReason::CommitRejected, message);
-            return self.holds.push(hold);
+            return Some(gate::whole(HoldReason::CommitRejected, message));
         }
-        if fleet.image.spec.rollout.paused {
-            let hold =
-                whole(HoldReason::Paused, "rollout.paused is true: no node is started; those in flight finish".into());
-            return self.holds.push(hold);
-        }
-        let max = resolve(&fleet.image.spec.rollout.max_unavailable, self.selected());
-        for node in self.candidates() {
-            let (ours, others) = self.down_beside(node);
-            if ours.len() + others.len() >= max {
-                let hold = match ours.is_empty() {
-                    true => whole(
-                        HoldReason::NodesUnavailable,
-                        format!(
-                            "{} of the selected nodes may be unavailable at once (rollout.maxUnavailable), and as many are, without us: {}",
-                            max,
-                            others.join(", ")
-                        ),
-                    ),
-                    false => Hold {
-                        node: Some(node.name.clone()),
-                        ..whole(
-                            HoldReason::BudgetSpent,
-                            format!(
-                                "waits for its turn: {max} of the selected nodes may be unavailable at once (rollout.maxUnavailable)"
-                            ),
-                        )
-                    },
-                };
+        let message = "rollout.paused is true: no node is started; those in flight finish";
+        self.fleet.image.spec.rollout.paused.then(|| gate::whole(HoldReason::Paused, message.into()))
+    }
+
+    /// Takes slots for as many candidates as the gates let through.
+    fn take(&mut self, candidates: &[&'a NodeView]) {
+        let fleet = self.fleet;
+        let rollout = &fleet.image.spec.rollout;
+        let max = resolve(&rollout.max_unavailable, self.selected());
+        let status = fleet.image.status.as_ref();
+        let book = self.book.slots.clone();
+        let mut slots: BTreeSet<&str> = status.iter().flat_map(|s| &s.slots).map(|s| s.node.as_str()).collect();
+        slots.extend(fleet.nodes.keys().map(String::as_str).filter(|n| book.iter().any(|s| s.node == *n)));
+        let in_scope = |n: &&NodeView| n.selected || slots.contains(n.name.as_str());
+        let mut down = Down::new(fleet.nodes.values().filter(in_scope), &slots);
+        let mut everywhere = Down::new(fleet.nodes.values(), &slots);
+        for node in candidates {
+            let held = gate::budget::check(node, &down, max)
+                .or_else(|| gate::control_plane::check(node, &everywhere, fleet))
+                .or_else(|| gate::topology::check(node, rollout.topology_key.as_deref()?, &down, &fleet.nodes));
+            if let Some(hold) = held {
                 self.holds.push(hold);
                 continue;
             }
@@ -124,34 +171,25 @@ impl<'a> Draft<'a> {
                 self.wake_in(DRAIN_LOOK);
                 continue;
             }
-            self.book.attempts += 1;
-            let uid = fleet.uid().split('-').next().unwrap_or_default();
-            self.book.slots.push(Slot {
-                node: node.name.clone(),
-                attempt: AttemptId(format!("{uid}-{}", self.book.attempts)),
-                commit: fleet.commit().clone(),
-                boot_id: node.boot_id.clone(),
-                since: whole_seconds(self.now),
-                permitted: None,
-                withdrawn: None,
-                outcome: None,
-            });
+            down.ours.insert(&node.name);
+            everywhere.ours.insert(&node.name);
+            self.take_slot(node);
         }
     }
 
-    /// Nodes other than this one that are down: in our slots, and for other causes.
-    pub(super) fn down_beside(&self, node: &NodeView) -> (Vec<&'a str>, Vec<String>) {
-        let (mut ours, mut others) = (vec![], vec![]);
-        for other in self.fleet.nodes.values().filter(|n| n.exists && n.name != node.name) {
-            let in_slot =
-                self.book.slots.iter().any(|s| s.node == other.name) || self.fleet.slot(&other.name).is_some();
-            match other {
-                n if in_slot => ours.push(n.name.as_str()),
-                n if n.selected && !n.ready => others.push(format!("{} (not Ready)", n.name)),
-                n if n.selected && n.unschedulable => others.push(format!("{} (cordoned)", n.name)),
-                _ => {}
-            }
-        }
-        (ours, others)
+    fn take_slot(&mut self, node: &NodeView) {
+        self.book.attempts += 1;
+        let uid = self.fleet.uid().split('-').next().unwrap_or_default();
+        self.book.slots.push(Slot {
+            node: node.name.clone(),
+            attempt: AttemptId(format!("{uid}-{}", self.book.attempts)),
+            commit: self.fleet.commit().clone(),
+            boot_id: node.boot_id.clone(),
+            since: whole_seconds(self.now),
+            permitted: None,
+            withdrawn: None,
+            outcome: None,
+            ended: None,
+        });
     }
 }

@@ -70,6 +70,7 @@ impl Draft<'_> {
             self.steps.push(Step::Cordon {
                 node: node.name.clone(),
                 owner: self.fleet.owner(),
+                annotate: missing_annotations(node),
                 resource_version: node.resource_version.clone(),
             });
             self.hold(&node.name, HoldReason::Draining, "is being cordoned");
@@ -81,6 +82,10 @@ impl Draft<'_> {
             return;
         };
         let policy = &self.fleet.image.spec.drain;
+        // Where there is nowhere else to go, our own pod stays: without it nobody would give the permit.
+        let alone = !self.fleet.refuges.iter().any(|name| *name != node.name);
+        let movable: Vec<PodFacts> = pods.iter().filter(|p| !(p.ourselves && alone)).cloned().collect();
+        let pods = &movable;
         let verdict = drain::assess(&node.name, pods, policy, &self.fleet.refusals);
         if !verdict.evict.is_empty() {
             self.steps.push(Step::Evict {
@@ -89,12 +94,12 @@ impl Draft<'_> {
                 grace_period_seconds: policy.grace_period_seconds,
             });
         }
-        if !verdict.done() {
-            let waits = verdict.stopping.first().map(|pod| format!("waits for {pod} to stop"));
-            let message = waits.unwrap_or_else(|| format!("evicts {} pods", verdict.evict.len() + verdict.later));
-            self.hold(&node.name, HoldReason::Draining, message);
+        if let Some(waits) = drain_waits(&verdict, &node.attached) {
+            self.hold(&node.name, HoldReason::Draining, waits);
             self.holds.extend(verdict.blocked.into_iter().chain(verdict.refused));
-            return;
+            if !self.drain_is_overdue(slot, node, pods) {
+                return;
+            }
         }
         if !pulled || !node.daemon_is_current() || !node.boots_agree() {
             self.hold(
@@ -105,6 +110,32 @@ impl Draft<'_> {
             return;
         }
         slot.permitted = Some(whole_seconds(self.now));
+    }
+
+    /// A node that is not empty by the deadline is given back, or what is left is deleted. Says whether the node may go
+    /// down as it is: when even deleted pods do not stop within as much time again.
+    fn drain_is_overdue(&mut self, slot: &mut Slot, node: &NodeView, pods: &[PodFacts]) -> bool {
+        let policy = &self.fleet.image.spec.drain;
+        let timeout = policy.timeout.get();
+        if !self.due(after(slot.since.0, timeout)) {
+            return false;
+        }
+        match policy.on_timeout {
+            OnDrainTimeout::Abort => {
+                self.defer(&slot.node);
+                slot.outcome = Some(SlotOutcome::Cancelled);
+                false
+            }
+            OnDrainTimeout::Force => {
+                let left = drain::remains(pods, policy);
+                if !left.is_empty() {
+                    let (node, grace_period_seconds) = (node.name.clone(), policy.grace_period_seconds);
+                    self.steps.retain(|s| !matches!(s, Step::Evict { node: evicted, .. } if *evicted == node));
+                    self.steps.push(Step::Delete { node, pods: left, grace_period_seconds });
+                }
+                self.due(after(slot.since.0, timeout * 2))
+            }
+        }
     }
 
     /// When the permit runs out, and when the node counts as lost.
@@ -211,6 +242,7 @@ impl Draft<'_> {
         match outcome {
             Outcome::Booted => {
                 self.book.failures.retain(|f| f.attempt != slot.attempt);
+                self.book.deferred.retain(|d| d.node != slot.node);
                 slot.outcome = Some(SlotOutcome::Booted);
             }
             Outcome::NeverRebooted
@@ -223,6 +255,7 @@ impl Draft<'_> {
                 slot.outcome = Some(SlotOutcome::Failed);
             }
         }
+        slot.ended = Some(whole_seconds(self.now));
         self.hold(&node.name, HoldReason::Releasing, "is being given back");
     }
 
@@ -242,12 +275,30 @@ impl Draft<'_> {
         if cordoned || !released {
             self.hold(&node.name, HoldReason::Releasing, "is being given back");
             self.book.slots.push(slot);
+        } else if slot.outcome == Some(SlotOutcome::Booted) && !self.has_settled(&slot, node) {
+            self.book.slots.push(slot);
         }
     }
 
+    /// A verified node has been Ready for `rollout.minReadySeconds`.
+    fn has_settled(&mut self, slot: &Slot, node: &NodeView) -> bool {
+        let seconds = u64::try_from(self.fleet.image.spec.rollout.min_ready_seconds).unwrap_or(0);
+        let Some(ended) = slot.ended.as_ref().filter(|_| seconds > 0) else { return true };
+        let settled = self.due(after(ended.0, Duration::from_secs(seconds))) && node.ready;
+        if !settled {
+            let message =
+                format!("is updated; its slot is freed after it was Ready for {seconds} s (rollout.minReadySeconds)");
+            self.hold(&node.name, HoldReason::Releasing, message);
+        }
+        settled
+    }
+
     pub(super) fn uncordon(&mut self, node: &NodeView) {
-        let (node, resource_version) = (node.name.clone(), node.resource_version.clone());
-        self.steps.push(Step::Uncordon { node, resource_version });
+        self.steps.push(Step::Uncordon {
+            node: node.name.clone(),
+            remove: node.added.clone(),
+            resource_version: node.resource_version.clone(),
+        });
     }
 
     pub(super) fn update(&mut self, node_os: &NodeOS, change: Change, edit: impl FnOnce(&mut NodeOSSpec)) {
@@ -255,4 +306,22 @@ impl Draft<'_> {
         edit(&mut object.spec);
         self.steps.push(Step::UpdateNodeOS { object: Box::new(object), change });
     }
+}
+
+/// What an emptied node still waits for.
+fn drain_waits(verdict: &drain::Verdict, attached: &[String]) -> Option<String> {
+    if let Some(pod) = verdict.stopping.first() {
+        return Some(format!("waits for {pod} to stop"));
+    }
+    if !verdict.done() {
+        let (left, blocked) = (verdict.evict.len() + verdict.later, verdict.blocked.len());
+        return Some(format!("evicts {left} pods; {blocked} cannot go now"));
+    }
+    attached.first().map(|volume| format!("waits for {volume} to be detached"))
+}
+
+/// Annotations that keep autoscalers away and that the node does not have.
+fn missing_annotations(node: &NodeView) -> BTreeSet<String> {
+    let all = names::KEEP_AUTOSCALERS_AWAY.into_iter().map(str::to_owned);
+    all.filter(|a| !node.kept_from_autoscalers.contains(a)).collect()
 }

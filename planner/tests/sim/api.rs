@@ -165,6 +165,7 @@ impl State {
             boot_id: node.boot_id,
             node_os: self.node_oses.get(name).map(|n| NodeOS::clone(n)),
             pods: None,
+            ..NodeView::default()
         }
     }
 }

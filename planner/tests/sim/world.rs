@@ -407,10 +407,12 @@ impl World {
             nodes: nodes.collect(),
             image: OSImage::clone(&self.api.now.image),
             existing_images: BTreeSet::from(["0a1b2c3d-0000".to_owned()]),
+            operator_node: None,
+            refuges: BTreeSet::new(),
             refusals: self.operators[at].refusals.clone(),
         };
         fleet.image.metadata.finalizers = Some(vec![names::FINALIZER.into()]);
-        for name in rollout::inspect(&fleet) {
+        for name in rollout::inspect(&fleet, self.timestamp()) {
             let allowed = if self.faulty() { self.rng.i32(0..2) } else { 1 };
             let mut pods = self.api.now.nodes[&name].pods.clone();
             pods.iter_mut().flat_map(|p| &mut p.budgets).for_each(|b| b.allowed = allowed);
@@ -488,7 +490,7 @@ impl World {
                 }
                 done
             }
-            Step::Cordon { node, owner, resource_version } => {
+            Step::Cordon { node, owner, annotate: _, resource_version } => {
                 if !same(self, &node, &resource_version) {
                     return Ok(Err(Conflict));
                 }
@@ -496,12 +498,21 @@ impl World {
                 self.api.writes += 1;
                 Ok(())
             }
-            Step::Uncordon { node, resource_version } => {
+            Step::Uncordon { node, remove: _, resource_version } => {
                 if !same(self, &node, &resource_version) {
                     return Ok(Err(Conflict));
                 }
                 self.api.edit_node(&node, |n| (n.unschedulable, n.cordoned_by) = (false, None));
                 self.api.writes += 1;
+                Ok(())
+            }
+            Step::Delete { node, pods, grace_period_seconds: _ } => {
+                self.api.edit_node(&node, |n| {
+                    n.pods
+                        .iter_mut()
+                        .filter(|p| pods.iter().any(|d| d.uid == p.uid))
+                        .for_each(|p| p.terminating = true);
+                });
                 Ok(())
             }
             Step::Evict { node, pods, grace_period_seconds: _ } => {
@@ -615,7 +626,8 @@ impl World {
 }
 
 fn pod(node: &str, number: usize, guarded: bool) -> PodFacts {
-    let budgets = if guarded { vec![BudgetFacts { name: "pdb".into(), allowed: 1 }] } else { vec![] };
+    let budgets =
+        if guarded { vec![BudgetFacts { name: "pdb".into(), allowed: 1, lets_unready: false }] } else { vec![] };
     let name = format!("{node}-pod-{number}");
     PodFacts { namespace: "web".into(), uid: name.clone(), name, budgets, ..PodFacts::default() }
 }
@@ -642,6 +654,7 @@ fn named(step: &Step) -> String {
         Step::UpdateNodeOS { object, change } => format!("{change:?} {}", object.metadata.name.as_deref().unwrap()),
         Step::Cordon { node, .. } => format!("cordon {node}"),
         Step::Uncordon { node, .. } => format!("uncordon {node}"),
+        Step::Delete { node, pods, .. } => format!("delete {} pods of {node}", pods.len()),
         Step::Evict { node, pods, .. } => format!("evict {} pods of {node}", pods.len()),
     }
 }
