@@ -13,7 +13,7 @@ fi
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/osimage-operator
 key=$(cat "$here"/*/go.mod "$here"/*/go.sum | sha256sum | cut -c1-16)
 bin=$cache/kube-$key
-command -v go > /dev/null || PATH=$cache/go/bin:$PATH   # where tools/setup.sh puts it
+[ ! -x "$cache/go/bin/go" ] || PATH=$cache/go/bin:$PATH   # where tools/setup.sh puts it if this machine has none
 if [ ! -e "$bin/complete" ]; then
   mkdir -p "$bin"
   exec 9>"$bin/lock"; flock 9          # two make calls at once: the second waits and finds it done
@@ -27,7 +27,7 @@ if [ ! -e "$bin/complete" ]; then
     n=0; note="(once; all eight together take 6 to 20 minutes on 2 cores)"; export CGO_ENABLED=0
     build() { # module folder, package, output, linker flags
       n=$((n + 1)); echo "[$n/8] building $3 $note" >&2
-      [ -x "$bin/$3" ] || (cd "$here/$1" && go build -trimpath -ldflags "$4" -o "$bin/$3" "$2")
+      [ -x "$bin/$3" ] || (cd "$here/$1" && go build -trimpath -ldflags "$4" -o "$bin/$3.new" "$2" && mv "$bin/$3.new" "$bin/$3")
     }
     for t in kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl; do
       build kube "k8s.io/kubernetes/cmd/$t" "$t" "$ld"

@@ -55,6 +55,10 @@ pub struct NodeOSSpec {
     /// The operator's single-use authorisation to reboot into the image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub permit: Option<Permit>,
+    /// The value of `osimage.dev/retry` that the operator last obeyed: a new one asks the node to try again what it
+    /// has given up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<String>,
     /// The last attempt whose slot was given back. No permit is given for it any more; a stale writer that
     /// tries finds that the object has changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -106,6 +110,7 @@ pub struct NodeOSStatus {
     pub phase: Option<NodePhase>,
     /// What the node is doing or waiting for, in one line.
     #[serde(skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 4096))]
     pub message: String,
     /// The running boot, as the kernel names it.
     #[serde(rename = "bootID", skip_serializing_if = "Option::is_none")]
@@ -130,6 +135,7 @@ pub struct NodeOSStatus {
     pub problem: Option<Problem>,
     /// The health checks of the spec, during verification.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
     pub checks: Vec<CheckStatus>,
     /// The attempt under way, or the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -222,6 +228,7 @@ pub struct Problem {
     /// One word for machines.
     pub reason: ProblemReason,
     /// What happened and what to do.
+    #[schemars(length(max = 4096))]
     pub message: String,
     /// Whether the node tries again by itself.
     pub retrying: bool,
@@ -292,6 +299,7 @@ pub struct CheckStatus {
     pub passing: bool,
     /// What it said when it did not.
     #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 4096))]
     pub message: String,
 }
 
@@ -315,6 +323,7 @@ pub struct Attempt {
     pub outcome: Option<Outcome>,
     /// Why, in one or two sentences.
     #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 4096))]
     pub message: String,
 }
 

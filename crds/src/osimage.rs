@@ -69,6 +69,7 @@ pub struct Image {
 #[serde(rename_all = "camelCase")]
 pub struct OSTreeImage {
     /// URL of the repository, as the nodes reach it: http://, https:// or file://.
+    #[x_kube(validation = Rule::new("!self.matches('^[a-z]+://[^/]*@')").message("must not hold a user or password: every node can read it"))]
     #[x_kube(validation = Rule::new("self.matches('^(https?|file)://[^ ]+$')").message("must be an http://, https:// or file:// URL of an OSTree repository"))]
     #[schemars(length(max = 2048))]
     pub url: String,
@@ -467,7 +468,7 @@ pub struct OSImageStatus {
     /// `osimage.dev/retry` gets a new value.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rejected: Vec<Rejected>,
-    /// Nodes that could not be emptied in time; they are come back to later.
+    /// Nodes that could not be emptied, or did not go down, in time; they are come back to later.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub deferred: Vec<Deferred>,
     /// The rollout of the current commit.
@@ -577,7 +578,7 @@ pub struct Failure {
     pub time: Time,
 }
 
-/// A node that could not be emptied in time.
+/// A node that could not be emptied, or did not go down, in time.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Deferred {
@@ -587,6 +588,9 @@ pub struct Deferred {
     pub times: i32,
     /// Not tried again before.
     pub until: Time,
+    /// Why.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
 }
 
 /// How far the rollout of one commit is.

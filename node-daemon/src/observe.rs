@@ -199,6 +199,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_an_attempt_that_booted_its_commit_is_on_trial() {
+        let commit = |letter: &str| letter.repeat(64).parse::<Commit>().unwrap();
+        let record = |stage| Record {
+            attempt: osimage_crds::AttemptId("a".into()),
+            commit: commit("a"),
+            previous: commit("b"),
+            boot_id: "before".into(),
+            health: osimage_crds::osimage::Health::default(),
+            stage,
+        };
+        let going_back = Stage::RollingBack { boot_id: "after".into(), message: String::new() };
+        for (stage, running, boot, expected) in [
+            (Stage::Underway, Some(commit("a")), "after", true),
+            (Stage::Underway, Some(commit("a")), "before", false),
+            (Stage::Underway, Some(commit("b")), "after", false),
+            (Stage::Underway, None, "after", false),
+            (going_back, Some(commit("a")), "after", false),
+        ] {
+            assert_eq!(
+                is_trial(&record(stage.clone()), running.as_ref(), boot),
+                expected,
+                "{stage:?} {running:?} {boot}"
+            );
+        }
+    }
+
+    #[test]
     fn the_name_of_the_os_is_unquoted() {
         for (text, name) in [
             ("NAME=x\nPRETTY_NAME=\"Fedora CoreOS 42\"\n", "Fedora CoreOS 42"),

@@ -163,3 +163,36 @@ impl Writer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_write_answered_is_not_undone_by_a_late_watch() {
+        let object = |uid: &str, version: &str| -> NodeOS {
+            serde_json::from_value(json!({
+                "apiVersion": "osimage.dev/v1alpha1",
+                "kind": "NodeOS",
+                "metadata": {"name": "n", "uid": uid, "resourceVersion": version},
+                "spec": {"osImage": {"name": "fleet", "uid": "u"}},
+            }))
+            .unwrap()
+        };
+        let known = Known::default();
+        let version = || known.lock().as_ref().and_then(ResourceExt::resource_version);
+        for (uid, offered, then) in [
+            ("a", "9", "9"),
+            ("a", "10", "10"),
+            ("a", "9", "10"),
+            ("a", "10", "10"),
+            ("b", "7", "7"),
+            ("b", "opaque", "opaque"),
+        ] {
+            known.offer(object(uid, offered));
+            assert_eq!(version().as_deref(), Some(then), "{uid} {offered}");
+        }
+        known.clear();
+        assert_eq!(known.status(), None);
+    }
+}

@@ -33,7 +33,7 @@ use crate::{
 /// A download is ended when requests are open and nothing has arrived for this long.
 const SILENT_SERVER: Duration = Duration::from_secs(60);
 /// A download is ended when nothing at all has happened for this long: slow disks take their time to sync.
-const SILENT_WORKER: Duration = Duration::from_secs(900);
+const SILENT_WORKER: Duration = Duration::from_secs(300);
 /// How much of a program's output is kept, from its end.
 const OUTPUT_KEPT: usize = 2048;
 /// How long output is waited for after its process has ended: something it started may keep the pipe open.
@@ -90,22 +90,14 @@ impl Workers {
 
     /// A download.
     pub async fn pull(&self, source: Source, progress: watch::Sender<Progress>) -> Result<(), Failure> {
-        let moved = Mutex::new((Instant::now(), Progress::default()));
+        let movement = Mutex::new(Movement { at: Instant::now(), last: Progress::default() });
+        let movement = || movement.lock().unwrap_or_else(PoisonError::into_inner);
         let request = Request::Pull { source };
         let note = |now: Progress| {
-            let mut last = moved.lock().unwrap_or_else(PoisonError::into_inner);
-            if (last.1.bytes, last.1.objects, last.1.outstanding == 0) != (now.bytes, now.objects, now.outstanding == 0)
-            {
-                last.0 = Instant::now();
-            }
-            last.1 = now;
+            movement().note(now, Instant::now());
             progress.send_replace(now);
         };
-        let silent = || {
-            let last = moved.lock().unwrap_or_else(PoisonError::into_inner);
-            let limit = if last.1.outstanding > 0 { SILENT_SERVER } else { SILENT_WORKER };
-            last.0.elapsed() >= limit
-        };
+        let silent = || movement().is_over(Instant::now());
         self.converse(&request, note, Some(&silent)).await.map(|_| ())
     }
 
@@ -150,7 +142,7 @@ impl Workers {
                     if silent.is_some_and(|silent| silent()) {
                         return Err(Failure::transient(
                             ProblemReason::RepoUnreachable,
-                            format!("the repository sent nothing for {} s; trying again", SILENT_SERVER.as_secs()),
+                            format!("the download did not get on for {} s or more; trying again", SILENT_SERVER.as_secs()),
                         ));
                     }
                     continue;
@@ -194,6 +186,27 @@ impl Workers {
         let child = started.await.map_err(|_| gone())??;
         let group = Group(child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw));
         Ok((child, group))
+    }
+}
+
+/// When a download last got on.
+struct Movement {
+    at: Instant,
+    last: Progress,
+}
+
+impl Movement {
+    fn note(&mut self, progress: Progress, now: Instant) {
+        let moving = |p: &Progress| (p.bytes, p.objects, p.total_objects, p.outstanding == 0);
+        if moving(&self.last) != moving(&progress) {
+            self.at = now;
+        }
+        self.last = progress;
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        let limit = if self.last.outstanding > 0 { SILENT_SERVER } else { SILENT_WORKER };
+        now.saturating_duration_since(self.at) >= limit
     }
 }
 
@@ -263,4 +276,48 @@ fn died(status: ExitStatus, stderr: &str) -> Failure {
     }
     let said = if stderr.is_empty() { String::new() } else { format!(": {stderr}") };
     Failure::transient(ProblemReason::HostError, format!("the worker on the host ended with {status}{said}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_server_is_given_up_sooner_than_a_slow_disk() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let progress = |bytes, outstanding| Progress { bytes, outstanding, ..Progress::default() };
+        let mut movement = Movement { at: start, last: Progress::default() };
+        assert!(!movement.is_over(at(299)));
+        assert!(movement.is_over(at(300)));
+        movement.note(progress(0, 2), at(100));
+        for second in [120, 150] {
+            movement.note(progress(0, 2), at(second));
+        }
+        assert!(!movement.is_over(at(159)) && movement.is_over(at(160)), "reports without movement do not count");
+        movement.note(progress(10, 2), at(159));
+        assert!(!movement.is_over(at(218)));
+        movement.note(progress(10, 0), at(200));
+        assert!(!movement.is_over(at(499)) && movement.is_over(at(500)), "all is here, the disk takes its time");
+    }
+
+    #[test]
+    fn a_worker_that_the_host_cannot_load_means_an_unsupported_host() {
+        let status = ExitStatus::default();
+        for (stderr, reason) in [
+            (
+                "osimage-node-daemon: error while loading shared libraries: libostree-1.so.1: cannot open shared object \
+                 file: No such file or directory",
+                ProblemReason::UnsupportedHost,
+            ),
+            (
+                "osimage-node-daemon: /lib64/libc.so.6: version `GLIBC_2.34' not found (required by osimage-node-daemon)",
+                ProblemReason::UnsupportedHost,
+            ),
+            ("osimage-node-daemon: join the host's mount namespace: EPERM", ProblemReason::HostError),
+            ("", ProblemReason::HostError),
+        ] {
+            assert_eq!(died(status, stderr).reason, reason, "{stderr}");
+        }
+    }
 }

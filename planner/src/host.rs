@@ -366,7 +366,9 @@ impl HostState {
     fn failure_on(&self, commit: &Commit) -> Option<String> {
         let record = self.record.as_ref().filter(|r| r.commit == *commit)?;
         match &record.stage {
-            Stage::Finished { outcome: Outcome::Booted, .. } | Stage::Underway | Stage::RollingBack { .. } => None,
+            Stage::Finished { outcome: Outcome::Booted | Outcome::NeverRebooted, .. }
+            | Stage::Underway
+            | Stage::RollingBack { .. } => None,
             Stage::Finished { outcome, message } => Some(format!("{outcome} from {}: {message}", commit.short())),
         }
     }
@@ -429,7 +431,7 @@ impl Trial<'_> {
         let commit = &self.record.commit;
         let (step, wake) = match (self.state.pause(commit), step) {
             (Pause::For(wait), Some(_)) => (None, Some(wait)),
-            (Pause::UntilTheSpecChanges, Some(HostStep::Stage(_))) => (None, None),
+            (Pause::UntilTheSpecChanges, Some(HostStep::Stage(_) | HostStep::Pull(_))) => (None, None),
             (Pause::UntilTheSpecChanges, step) => (step, Some(WAY_BACK_AGAIN)),
             (Pause::No | Pause::For(_), step) => (step, wake),
         };
@@ -467,6 +469,12 @@ impl Trial<'_> {
             return self.plan(Some(HostStep::Reboot), NodePhase::Rebooting, armed, message, Some(REBOOT_AGAIN));
         }
         match spec.image.as_ref().filter(|image| image.ostree.commit == *commit) {
+            // What was held can be lost, to a disk that rots: then it is downloaded again.
+            Some(image) if !self.state.held.contains(commit) => {
+                let message = format!("downloads {} again", commit.short());
+                let pull = Some(HostStep::Pull(Box::new(image.clone())));
+                self.plan(pull, NodePhase::Pulling, armed, message, None)
+            }
             Some(image) => {
                 let message = format!("writes the deployment of {}", commit.short());
                 self.plan(Some(HostStep::Stage(Box::new(image.clone()))), NodePhase::Staging, armed, message, None)

@@ -134,8 +134,8 @@ pub enum HoldReason {
     NodeProblem(ProblemReason),
     /// A pod cannot be evicted.
     DrainBlocked,
-    /// The node could not be emptied in time, and is come back to later.
-    DrainDeferred,
+    /// The node could not be emptied, or did not go down, in time, and is come back to later.
+    NodeDeferred,
     /// A wave waits for a person.
     WaveNotApproved,
     /// No maintenance window is open, or none is long enough.
@@ -184,7 +184,7 @@ impl HoldReason {
             HoldReason::NodeLost => "NodeLost",
             HoldReason::NodeProblem(problem) => problem.as_str(),
             HoldReason::DrainBlocked => "DrainBlocked",
-            HoldReason::DrainDeferred => "DrainDeferred",
+            HoldReason::NodeDeferred => "NodeDeferred",
             HoldReason::WaveNotApproved => "WaveNotApproved",
             HoldReason::WindowClosed => "WindowClosed",
             HoldReason::DaemonSilent => "DaemonSilent",
@@ -211,7 +211,7 @@ impl HoldReason {
         match self {
             HoldReason::InvalidSpec
             | HoldReason::CommitRejected
-            | HoldReason::DrainDeferred
+            | HoldReason::NodeDeferred
             | HoldReason::WaveNotApproved
             | HoldReason::WindowClosed
             | HoldReason::NodeFailed

@@ -200,7 +200,7 @@ const fn needs_a_person(reason: HoldReason) -> bool {
         | HoldReason::NodeNotReady
         | HoldReason::Paused
         | HoldReason::NodesUnavailable
-        | HoldReason::DrainDeferred
+        | HoldReason::NodeDeferred
         | HoldReason::WaveNotApproved
         | HoldReason::WindowClosed
         | HoldReason::WaveNotOpen

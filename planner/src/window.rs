@@ -432,19 +432,20 @@ impl<'a> Spans<'a> {
     /// The same on a date near a clock change: time by time.
     fn day_of_change(&mut self, date: Date) {
         let Parsed { zone, schedule, duration, joined: _ } = self.window;
+        let resolve = |hour: i8, minute: i8| zone.to_ambiguous_timestamp(date.at(hour, minute, 0, 0)).offset();
         let mut openings = vec![];
-        for (hour, minute) in schedule.times() {
-            // In range: both come from sets of hours and minutes.
-            let (Ok(hour), Ok(minute)) = (i8::try_from(hour), i8::try_from(minute)) else { continue };
-            let local = date.at(hour, minute, 0, 0);
-            let by = |offset: Offset| offset.to_timestamp(local).ok();
-            match zone.to_ambiguous_timestamp(local).offset() {
-                AmbiguousOffset::Unambiguous { offset } => openings.extend(by(offset)),
-                AmbiguousOffset::Gap { before, after: _ } if !schedule.follows_clock => openings.extend(by(before)),
-                AmbiguousOffset::Gap { before: _, after: _ } => {}
-                AmbiguousOffset::Fold { before, after } => {
-                    openings.extend(by(before));
-                    openings.extend(by(after).filter(|_| schedule.follows_clock));
+        for hour in bits(schedule.hours).filter_map(|hour| i8::try_from(hour).ok()) {
+            let (first, last) = (resolve(hour, 0), resolve(hour, 59));
+            for minute in bits(schedule.minutes).filter_map(|minute| i8::try_from(minute).ok()) {
+                let by = |offset: Offset| offset.to_timestamp(date.at(hour, minute, 0, 0)).ok();
+                match if first == last { first } else { resolve(hour, minute) } {
+                    AmbiguousOffset::Unambiguous { offset } => openings.extend(by(offset)),
+                    AmbiguousOffset::Gap { before, after: _ } if !schedule.follows_clock => openings.extend(by(before)),
+                    AmbiguousOffset::Gap { before: _, after: _ } => {}
+                    AmbiguousOffset::Fold { before, after } => {
+                        openings.extend(by(before));
+                        openings.extend(by(after).filter(|_| schedule.follows_clock));
+                    }
                 }
             }
         }
@@ -1077,6 +1078,8 @@ mod tests {
     struct Plain {
         text: String,
         fields: [Vec<bool>; 5],
+        follows_clock: bool,
+        both_days: bool,
         minutes_open: i64,
     }
 
@@ -1093,7 +1096,9 @@ mod tests {
                 _ => random.i64(300..=7 * 24 * 60),
             };
             let text = format!("{minute} {hour} {day} {month} {weekday}");
-            Plain { text, fields: [minutes, hours, days, months, weekdays], minutes_open }
+            let follows_clock = hour.starts_with('*');
+            let both_days = day.starts_with('*') || weekday.starts_with('*');
+            Plain { text, fields: [minutes, hours, days, months, weekdays], follows_clock, both_days, minutes_open }
         }
 
         fn matches(&self, local: jiff::civil::DateTime) -> bool {
@@ -1101,17 +1106,15 @@ mod tests {
             let has = |set: &[bool], n: i8| set[usize::try_from(n).unwrap()];
             let day = has(days, local.day());
             let weekday = has(weekdays, local.weekday().to_sunday_zero_offset());
-            let fields: Vec<&str> = self.text.split(' ').collect();
-            let both = fields[2].starts_with('*') || fields[4].starts_with('*');
             has(minutes, local.minute())
                 && has(hours, local.hour())
                 && has(months, local.month())
-                && if both { day && weekday } else { day || weekday }
+                && if self.both_days { day && weekday } else { day || weekday }
         }
 
         /// Adds the minutes, counted from `start`, at which a window is open, walking along the clock.
         fn mark(&self, zone: &TimeZone, start: Timestamp, open: &mut [bool]) {
-            let follows_clock = self.text.split(' ').nth(1).unwrap().starts_with('*');
+            let follows_clock = self.follows_clock;
             let minute = SignedDuration::from_mins(1);
             let count = i64::try_from(open.len()).unwrap();
             let mut previous = zone.to_datetime(start - minute);
@@ -1142,7 +1145,7 @@ mod tests {
     #[test]
     fn agrees_with_a_scan_of_every_minute_around_clock_changes() {
         const DAYS_BEFORE: i64 = 9;
-        const DAYS: i64 = 30;
+        const DAYS: i64 = 18;
         let changes = [
             ("Europe/Berlin", "2026-03-29T01:00:00Z"),
             ("Europe/Berlin", "2026-10-25T01:00:00Z"),
@@ -1161,7 +1164,7 @@ mod tests {
         ];
         let mut random = fastrand::Rng::with_seed(3);
         let mut compared = 0;
-        for round in 0..840 {
+        for round in 0..560 {
             let (zone, change) = changes[round % changes.len()];
             let start = ts(change) - SignedDuration::from_hours(24 * DAYS_BEFORE);
             let mut open = vec![false; usize::try_from((DAYS_BEFORE + DAYS) * 24 * 60).unwrap()];
@@ -1182,7 +1185,7 @@ mod tests {
             let windows = Windows::parse(&list).unwrap();
             // The first week of the scan does not know what opened before it.
             for _ in 0..60 {
-                let at = random.usize(8 * 24 * 60..18 * 24 * 60);
+                let at = random.usize(8 * 24 * 60..(DAYS_BEFORE as usize + 9) * 24 * 60);
                 let now = start + SignedDuration::from_mins(i64::try_from(at).unwrap());
                 let next = open[at..]
                     .iter()
@@ -1207,7 +1210,7 @@ mod tests {
                 compared += 1;
             }
         }
-        assert!(compared > 40_000, "{compared}");
+        assert!(compared > 25_000, "{compared}");
     }
 
     #[test]
@@ -1268,8 +1271,8 @@ mod tests {
                 };
                 (0..50).map(time).min().unwrap_or_default()
             };
-            let at = best(&|| drop(std::hint::black_box(windows.at(now))));
-            let never = best(&|| drop(std::hint::black_box(windows.fits(now, Duration::from_secs(900 * 3600)))));
+            let at = best(&|| _ = std::hint::black_box(windows.at(now)));
+            let never = best(&|| _ = std::hint::black_box(windows.fits(now, Duration::from_secs(900 * 3600))));
             println!("{what}: at {at:?}, fits at its worst {never:?}");
             assert!(at < Duration::from_micros(limit), "{what}: {at:?}");
         }

@@ -57,6 +57,7 @@ fn spec() -> NodeOSSpec {
         may_pull: true,
         health: health(),
         permit: None,
+        retry: None,
         released: None,
     }
 }
@@ -179,6 +180,8 @@ fn a_permit_leads_through_arm_and_stage_to_the_reboot() {
     assert_eq!(decide(&holds, &permitted()).step, Some(HostStep::Arm(Box::new(record()))));
     let armed = HostState { record: Some(record()), ..holds };
     assert!(matches!(decide(&armed, &permitted()).step, Some(HostStep::Stage(_))));
+    let rotten = HostState { held: vec![], ..armed.clone() };
+    assert!(matches!(decide(&rotten, &permitted()).step, Some(HostStep::Pull(_))), "what is lost is downloaded again");
     let staged = HostDeployment { staged: true, ..deployment(new(), false) };
     let staged = HostState { deployments: vec![staged, deployment(old(), true)], ..armed };
     let plan = decide(&staged, &permitted());

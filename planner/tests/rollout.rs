@@ -70,6 +70,7 @@ fn node(name: &str) -> NodeView {
             may_pull: true,
             health: image().spec.health,
             permit: None,
+            retry: None,
             released: None,
         },
     );

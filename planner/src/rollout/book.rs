@@ -35,6 +35,7 @@ impl Draft<'_> {
             return;
         }
         let time = known.map_or_else(|| whole_seconds(self.now), |f| f.time.clone());
+        let message = bounded(&message, MAX_MESSAGE);
         self.book.failures.retain(|f| f.node != slot.node || f.commit != slot.commit);
         self.book.failures.push(Failure {
             node: slot.node.clone(),
@@ -44,22 +45,40 @@ impl Draft<'_> {
             message: message.clone(),
             time: time.clone(),
         });
-        let failed = self.book.failures.iter().filter(|f| f.commit == slot.commit).count();
-        let budget = resolve(&self.fleet.image.spec.rollout.failure_budget, self.selected());
-        if failed >= budget && self.rejected(&slot.commit).is_none() {
+        if self.has_spent_the_budget(&slot.commit) && self.rejected(&slot.commit).is_none() {
             let message = format!("{} on node {}: {message}", outcome, slot.node);
             self.book.rejected.insert(0, Rejected { commit: slot.commit.clone(), message, time });
             self.book.rejected.truncate(MAX_REJECTED);
         }
     }
 
+    /// Whether as many nodes failed on a commit as may.
+    pub(super) fn has_spent_the_budget(&self, commit: &Commit) -> bool {
+        let budget = resolve(&self.fleet.image.spec.rollout.failure_budget, self.selected());
+        self.book.failures.iter().filter(|f| f.commit == *commit).count() >= budget
+    }
+
+    /// A node that counted as lost is verified after all.
+    pub(super) fn forgive(&mut self, slot: &Slot) {
+        let before = self.book.failures.len();
+        self.book.failures.retain(|f| f.attempt != slot.attempt);
+        if self.book.failures.len() < before && !self.has_spent_the_budget(&slot.commit) {
+            self.book.rejected.retain(|r| r.commit != slot.commit);
+        }
+    }
+
     /// Come back to this node later, after a pause that doubles each time.
-    pub(super) fn defer(&mut self, node: &str) {
+    pub(super) fn defer(&mut self, node: &str, message: &str) {
         let times = self.book.deferred.iter().find(|d| d.node == node).map_or(1, |d| d.times.saturating_add(1));
         let doublings = u32::try_from(times - 1).unwrap_or(0).min(8);
         let pause = (DRAIN_AGAIN * 2_u32.pow(doublings)).min(DRAIN_AGAIN_AT_MOST);
         self.book.deferred.retain(|d| d.node != node);
-        self.book.deferred.push(Deferred { node: node.into(), times, until: whole_seconds(after(self.now, pause)) });
+        self.book.deferred.push(Deferred {
+            node: node.into(),
+            times,
+            until: whole_seconds(after(self.now, pause)),
+            message: bounded(message, MAX_MESSAGE),
+        });
     }
 
     pub(super) fn deferred(&self, node: &str) -> Option<&Deferred> {

@@ -32,7 +32,9 @@ use k8s_openapi::{
     jiff::{SignedDuration, Timestamp},
 };
 use osimage_crds::{
-    AttemptId, Commit, NodeOS, NodeOSSpec, OSImageStatus, names,
+    AttemptId, Commit, NodeOS, NodeOSSpec, OSImageStatus,
+    condition::bounded,
+    names,
     nodeos::{Attempt, AttemptState, OSImageRef, Outcome, Permit},
     osimage::{
         Deferred, Failure, OnDrainTimeout, PastRollout, Rejected, RolloutResult, RolloutStatus, Slot, SlotOutcome,
@@ -52,7 +54,13 @@ use crate::{
 const LOOK_AHEAD: usize = 10;
 /// How long a node may be silent past reboot timeout and health deadline before it counts as lost.
 const LOST_GRACE: Duration = Duration::from_secs(30);
-/// How soon to look again at pods that stop, or that a budget holds: neither is watched.
+/// How often the next candidates behind those that cannot be drained are looked at.
+const LOOK_FURTHER: Duration = Duration::from_secs(60);
+/// How soon to look again at candidates that cannot be drained. (Budgets are watched; pods are not.)
+const BLOCKED_LOOK: Duration = Duration::from_secs(15);
+/// Bytes of a message that is remembered.
+const MAX_MESSAGE: usize = 1024;
+/// How soon to look again at pods that stop: they are not watched.
 const DRAIN_LOOK: Duration = Duration::from_secs(2);
 /// Pause before a node that could not be emptied in time is tried again; doubles each time.
 const DRAIN_AGAIN: Duration = Duration::from_secs(300);
@@ -75,7 +83,11 @@ pub fn inspect(fleet: &Fleet, now: Timestamp) -> BTreeSet<String> {
     draft.count_waves(&members);
     let waves = draft.book.rollout.iter().flat_map(|r| r.waves.clone()).collect::<Vec<_>>();
     let closed = gate::wave::closed(fleet, &waves, now).map_or(usize::MAX, |c| c.from);
-    let next = draft.candidates(&order, &members, closed).into_iter().take(LOOK_AHEAD).map(|n| n.name.clone());
+    let candidates = draft.candidates(&order, &members, closed);
+    // Where more wait than are looked at in a pass, every minute it is the next ones: the first may be blocked for good.
+    let turn = usize::try_from(now.as_second().max(0)).unwrap_or(0) / LOOK_FURTHER.as_secs() as usize;
+    let skip = (turn * LOOK_AHEAD).checked_rem(candidates.len()).filter(|_| candidates.len() > LOOK_AHEAD).unwrap_or(0);
+    let next = candidates.iter().cycle().skip(skip).take(LOOK_AHEAD.min(candidates.len())).map(|n| n.name.clone());
     draining.chain(next).collect()
 }
 

@@ -74,11 +74,9 @@ impl<'a> Draft<'a> {
             };
         }
         if let Some(deferred) = self.deferred(&node.name) {
-            let message = format!(
-                "could not be emptied in time ({} times in a row); is tried again at {}",
-                deferred.times, deferred.until.0
-            );
-            return hold(HoldReason::DrainDeferred, &message);
+            let message =
+                format!("{} ({} in a row); is tried again at {}", deferred.message, deferred.times, deferred.until.0);
+            return hold(HoldReason::NodeDeferred, &message);
         }
         if !node.ready {
             return hold(HoldReason::NodeNotReady, "is not Ready, and is left alone until it is");
@@ -168,7 +166,7 @@ impl<'a> Draft<'a> {
             };
             if let Some(hold) = drain::precheck(&node.name, pods, &fleet.image.spec.drain) {
                 self.holds.push(hold);
-                self.wake_in(DRAIN_LOOK);
+                self.wake_in(BLOCKED_LOOK);
                 continue;
             }
             down.ours.insert(&node.name);

@@ -15,7 +15,9 @@ impl Draft<'_> {
             return self.give_back(slot, node, node_os);
         }
         let status = node_os.status.clone().unwrap_or_default();
-        let attempt = status.last_attempt.filter(|a| a.attempt == slot.attempt);
+        // The name alone could be of another time: the counter that makes it goes back with a restored etcd.
+        let same = |a: &Attempt| a.attempt == slot.attempt && a.commit == slot.commit && a.boot_id == slot.boot_id;
+        let attempt = status.last_attempt.filter(same);
         if let Some(outcome) = attempt.as_ref().and_then(|a| a.outcome) {
             let message = attempt.map(|a| a.message).unwrap_or_default();
             self.conclude(&mut slot, node, outcome, message);
@@ -122,7 +124,9 @@ impl Draft<'_> {
         }
         match policy.on_timeout {
             OnDrainTimeout::Abort => {
-                self.defer(&slot.node);
+                let what = drain::precheck(&node.name, pods, policy)
+                    .map_or_else(|| "its pods did not stop".to_owned(), |h| h.message);
+                self.defer(&slot.node, &format!("was not emptied within {}: {what}", policy.timeout));
                 slot.outcome = Some(SlotOutcome::Cancelled);
                 false
             }
@@ -188,7 +192,12 @@ impl Draft<'_> {
             let why = slot.withdrawn.clone().unwrap_or_default();
             return self.conclude(slot, node, Outcome::NeverRebooted, why);
         }
-        self.hold(&node.name, HoldReason::Rebooting, "its permit was withdrawn; waits for its daemon to agree");
+        match node_os.status.as_ref().and_then(|s| s.problem.as_ref()) {
+            Some(problem) => self.hold(&node.name, HoldReason::NodeProblem(problem.reason), problem.message.clone()),
+            None => {
+                self.hold(&node.name, HoldReason::Rebooting, "its permit was withdrawn; waits for its daemon to agree")
+            }
+        }
         self.watch_for_silence(slot, node);
     }
 
@@ -206,6 +215,10 @@ impl Draft<'_> {
         };
         let acknowledged = node_os.spec.permit.as_ref().is_some_and(|p| p.attempt == slot.attempt && p.acknowledged);
         let proven = node.ready && node.boots_agree() && node.booted() == Some(&slot.commit);
+        let problem = node_os.status.as_ref().and_then(|s| s.problem.clone());
+        if let Some(problem) = &problem {
+            self.hold(&node.name, HoldReason::NodeProblem(problem.reason), problem.message.clone());
+        }
         match attempt.state {
             AttemptState::Healthy if acknowledged => {
                 self.hold(&node.name, HoldReason::Verifying, "is acknowledged; waits for the host to confirm");
@@ -229,8 +242,10 @@ impl Draft<'_> {
     pub(super) fn watch_for_silence(&mut self, slot: &Slot, node: &NodeView) {
         let (_, lost) = self.deadlines(slot);
         if self.due(lost) {
+            let said = node.node_os.as_ref().and_then(|n| n.status.as_ref()).and_then(|s| s.problem.as_ref());
+            let said = said.map_or_else(|| "look at its console".to_owned(), |p| format!("it says: {}", p.message));
             let message = format!(
-                "has not reported an outcome within {} for its reboot and {} to become healthy: look at its console",
+                "has no outcome after {} for its reboot and {} to become healthy; {said}",
                 self.fleet.image.spec.reboot.timeout, self.fleet.image.spec.health.deadline
             );
             self.count_failure(slot, Outcome::Lost, message.clone());
@@ -241,16 +256,18 @@ impl Draft<'_> {
     pub(super) fn conclude(&mut self, slot: &mut Slot, node: &NodeView, outcome: Outcome, message: String) {
         match outcome {
             Outcome::Booted => {
-                self.book.failures.retain(|f| f.attempt != slot.attempt);
+                self.forgive(slot);
                 self.book.deferred.retain(|d| d.node != slot.node);
                 slot.outcome = Some(SlotOutcome::Booted);
             }
-            Outcome::NeverRebooted
-            | Outcome::NotFinalized
-            | Outcome::FellBack
-            | Outcome::RolledBack
-            | Outcome::Lost => {
-                let message = slot.withdrawn.clone().filter(|_| outcome == Outcome::NeverRebooted).unwrap_or(message);
+            // A host that did not go down says nothing of the commit: its node is tried again later.
+            Outcome::NeverRebooted => {
+                let why = slot.withdrawn.clone().unwrap_or(message);
+                self.forgive(slot);
+                self.defer(&slot.node, &why);
+                slot.outcome = Some(SlotOutcome::Cancelled);
+            }
+            Outcome::NotFinalized | Outcome::FellBack | Outcome::RolledBack | Outcome::Lost => {
                 self.count_failure(slot, outcome, message);
                 slot.outcome = Some(SlotOutcome::Failed);
             }

@@ -66,6 +66,7 @@ impl Draft<'_> {
             may_pull,
             health: spec.health.clone(),
             permit: None,
+            retry: self.book.retry_handled.clone(),
             released: current.and_then(|c| c.released.clone()),
         }
     }

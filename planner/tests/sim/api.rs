@@ -10,6 +10,9 @@ use osimage_planner::fleet::{NodeView, PodFacts};
 #[derive(Debug)]
 pub struct Conflict;
 
+/// Label with the zone of a node.
+pub const ZONE: &str = "zone";
+
 /// A Node object and its pods.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Node {
@@ -19,6 +22,7 @@ pub struct Node {
     pub cordoned_by: Option<String>,
     pub boot_id: String,
     pub selected: bool,
+    pub zone: String,
     pub pods: Vec<PodFacts>,
 }
 
@@ -159,6 +163,7 @@ impl State {
             resource_version: node.version.to_string(),
             exists: self.nodes.contains_key(name),
             selected: node.selected,
+            labels: BTreeMap::from([(ZONE.to_owned(), node.zone.clone())]),
             ready: node.ready,
             unschedulable: node.unschedulable,
             cordoned_by: node.cordoned_by,

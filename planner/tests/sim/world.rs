@@ -12,7 +12,9 @@ use k8s_openapi::{
 };
 use osimage_crds::{
     Commit, OSImage, OSImageSpec, OSImageStatus, Period, names,
-    osimage::{Drain, Health, Image, OSTreeImage, Phase, Reboot, Rollout, Verification},
+    osimage::{
+        Approval, Drain, Health, Image, OSTreeImage, OnDrainTimeout, Phase, Reboot, Rollout, Verification, Wave,
+    },
 };
 use osimage_planner::{
     Fleet, Plan, Step,
@@ -23,7 +25,7 @@ use osimage_planner::{
 };
 
 use crate::{
-    api::{Api, Conflict, Node},
+    api::{Api, Conflict, Node, ZONE},
     host::{Boot, Host},
 };
 
@@ -57,7 +59,7 @@ impl Faults {
 
 /// Seconds with faults, then seconds that the fleet has to converge.
 const FAULTY: u64 = 250;
-const CALM: u64 = 3000;
+const CALM: u64 = 8000;
 
 enum Op {
     Status(Option<String>, Box<OSImageStatus>),
@@ -117,6 +119,28 @@ fn image(name: &str, commit: Commit, max: i32) -> OSImage {
     image
 }
 
+/// Half of the fleets have more rules than the budget.
+fn vary(spec: &mut OSImageSpec, rng: &mut Rng) {
+    if rng.u32(0..3) == 0 {
+        spec.rollout.topology_key = Some(ZONE.into());
+    }
+    if rng.u32(0..3) == 0 {
+        let wave = |name: &str, size| Wave {
+            name: name.into(),
+            node_selector: None,
+            size: Some(IntOrString::Int(size)),
+            soak: Period::seconds(5),
+            approval: Approval::Automatic,
+        };
+        spec.rollout.waves = vec![wave("canary", 1), wave("early", 2)];
+    }
+    if rng.u32(0..3) == 0 {
+        spec.rollout.min_ready_seconds = 4;
+    }
+    spec.drain.timeout = Period::seconds(rng.u64(15..60));
+    spec.drain.on_timeout = [OnDrainTimeout::Abort, OnDrainTimeout::Force][rng.usize(0..2)];
+}
+
 impl World {
     pub fn new(seed: u64, faults: Faults) -> Self {
         let mut rng = Rng::with_seed(seed);
@@ -128,14 +152,17 @@ impl World {
             let name = format!("n{i}");
             let host = Host::new(&name, &commit(OLD));
             let pods = (0..rng.usize(0..3)).map(|p| pod(&name, p, rng.bool())).collect();
-            let node = Node { ready: true, selected: true, boot_id: host.boot_id(), pods, ..Node::default() };
+            let zone = format!("z{}", rng.u32(0..2));
+            let node = Node { ready: true, selected: true, zone, boot_id: host.boot_id(), pods, ..Node::default() };
             nodes.insert(name.clone(), node);
             hosts.insert(name, host);
         }
+        let mut osimage = image("fleet", target, max);
+        vary(&mut osimage.spec, &mut rng);
         World {
             rng,
             faults,
-            api: Api::new(image("fleet", target, max), nodes),
+            api: Api::new(osimage, nodes),
             hosts,
             up_at: BTreeMap::new(),
             cut_off: BTreeMap::new(),
@@ -353,7 +380,11 @@ impl World {
         self.steps += 1;
         if connected {
             let seen = if back == 0 || host.hears_first() { self.api.now.node_oses.get(name).cloned() } else { seen };
-            host.hear(seen.as_deref());
+            // That it is gone is never old news: before it was made nobody told of it.
+            let gone = seen.is_none() && self.api.now.node_oses.contains_key(name);
+            if !gone {
+                host.hear(seen.as_deref());
+            }
         }
         let healthy = *host.booted() != commit(BAD) && !flap;
         let (state, plan) = host.decide(now, healthy);
@@ -485,7 +516,8 @@ impl World {
             Step::DeleteNodeOS(object) => self.api.delete_node_os(&object),
             Step::UpdateNodeOS { object, change } => {
                 let done = self.api.update_node_os(&object);
-                if done.is_ok() && change == Change::Permit {
+                let forced = self.api.now.image.spec.drain.on_timeout == OnDrainTimeout::Force;
+                if done.is_ok() && change == Change::Permit && !forced {
                     self.is_drained(object.metadata.name.as_deref().unwrap())?;
                 }
                 done
@@ -554,6 +586,12 @@ impl World {
                 return Err(format!("{name}: we uncordoned what a person cordoned"));
             }
         }
+        if self.api.now.image.spec.rollout.topology_key.is_some() {
+            let zones: BTreeSet<&str> = disrupted.iter().map(|n| self.api.now.nodes[*n].zone.as_str()).collect();
+            if zones.len() > 1 {
+                return Err(format!("{disrupted:?} are disrupted by us in two zones"));
+            }
+        }
         match disrupted.len() > max as usize {
             true => Err(format!("{disrupted:?} are disrupted by us, but only {max} may be")),
             false => Ok(()),
@@ -570,6 +608,7 @@ impl World {
             if before.slots.iter().any(|s| s.attempt == slot.attempt) {
                 continue;
             }
+            self.wave_has_begun(status, &slot.node)?;
             if status.rejected.iter().any(|r| r.commit == slot.commit) {
                 return Err(format!("slot {} for the rejected commit {:?}", slot.attempt, slot.commit));
             }
@@ -578,6 +617,25 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// No node of a later wave is begun before the earlier ones were complete, for this commit, and had soaked.
+    fn wave_has_begun(&self, status: &OSImageStatus, node: &str) -> Result<(), String> {
+        let spec = &self.api.now.image.spec;
+        let Some(rollout) = status.rollout.as_ref().filter(|r| r.commit == spec.image.ostree.commit) else {
+            return Ok(());
+        };
+        let open = |w: &osimage_crds::osimage::WaveStatus| {
+            w.completed.as_ref().is_some_and(|at| at.0.as_second() + 5 <= self.now as i64)
+        };
+        let begun = rollout.waves.iter().take_while(|w| open(w)).count();
+        let may: i32 = rollout.waves.iter().take(begun + 1).map(|w| w.nodes).sum();
+        let selected = |n: &str| self.api.now.nodes[n].selected;
+        let busy = status.slots.iter().filter(|s| s.outcome.is_none() && selected(&s.node)).count() as i32;
+        match begun < rollout.waves.len() && busy > may {
+            true => Err(format!("{node} is begun with {busy} slots, but waves {:?} allow {may}", rollout.waves)),
+            false => Ok(()),
+        }
     }
 
     fn is_drained(&self, node: &str) -> Result<(), String> {
