@@ -56,7 +56,8 @@ pub fn is_delta_error(error: &glib::Error) -> bool {
 type Meaning = (ProblemReason, bool, &'static str);
 
 fn classify(doing: Doing, domain: &str, message: &str) -> Meaning {
-    let text = message.to_lowercase();
+    // What a URL contains is the user's, and says nothing.
+    let text = message.split(' ').filter(|word| !word.contains("://")).collect::<Vec<_>>().join(" ").to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| text.contains(word));
     if domain.to_lowercase().contains("gpg") || has(&["gpg", "no signatures found", "can't check signature"]) {
         return match has(&["failed to execute", "unsupported protocol", "invalid crypto engine", "gpgme engine"]) {
@@ -162,6 +163,13 @@ mod tests {
             (FetchContent, IO, "[18] Transferred a partial file", RepoUnreachable, true),
             (FetchContent, IO, "[52] Server returned nothing (no headers, no data)", RepoUnreachable, true),
             (FetchContent, IO, "Corrupted file object; checksum expected='aa' actual='bb'", ObjectCorrupted, true),
+            (
+                FetchCommit,
+                IO,
+                "While fetching http://gpg.example.org/corrupted/config: [7] Couldn't connect to server",
+                RepoUnreachable,
+                true,
+            ),
             (FetchContent, IO, "Invalid compressed data", ObjectCorrupted, true),
             (FetchContent, IO, "Need more input", ObjectCorrupted, true),
             (FetchContent, IO, "Invalid checksum for static delta 12-34", ObjectCorrupted, true),
