@@ -525,6 +525,84 @@ async fn killed_at_every_step(victim: Victim) {
     assert_eq!(image.status.unwrap().failures, [], "a killed process is no failure of a commit");
 }
 
+/// The steps of the way back.
+const STEPS_BACK: [StepOf; 5] = [
+    StepOf { name: "the bad host is on trial", reached: |s, t| attempt_is(s, t, AttemptState::Verifying) },
+    StepOf { name: "the host rolls back", reached: |s, t| attempt_is(s, t, AttemptState::RollingBack) },
+    StepOf { name: "the host is back", reached: |s, t| attempt_is(s, t, AttemptState::Finished) },
+    StepOf {
+        name: "the failure is in the book",
+        reached: |s, t| slot_is(s, t, |s| s.outcome == Some(osimage_crds::osimage::SlotOutcome::Failed)),
+    },
+    StepOf {
+        name: "the failed attempt is released",
+        reached: |s, _| matches!(s, Seen::NodeOS(n) if n.spec.permit.is_none() && n.spec.released.is_some()),
+    },
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_killed_on_the_way_back_delays_and_breaks_nothing() {
+    killed_on_the_way_back(Victim::Operator).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_killed_on_the_way_back_delays_and_breaks_nothing() {
+    killed_on_the_way_back(Victim::Daemon).await;
+}
+
+/// A bad commit, tried again for each step by `osimage.dev/retry`.
+async fn killed_on_the_way_back(victim: Victim) {
+    let Some((product, _bed)) = product(1).await else { return };
+    let (v1, v3) = (product.images.v1.clone(), product.images.v3.clone());
+    for (round, step) in STEPS_BACK.iter().enumerate() {
+        let run = async {
+            let (mut seen, task) = announce(&product.bed.client());
+            product
+                .apply(&v3, |o| {
+                    o["metadata"]["annotations"] = json!({"osimage.dev/retry": round.to_string()});
+                    o["spec"]["health"]["deadline"] = json!("6s");
+                })
+                .await?;
+            // What an earlier round left is not what this one does.
+            let attempt = format!("-{}", round + 1);
+            let is_new = |s: &Seen| match s {
+                Seen::NodeOS(n) => {
+                    let last = n.status.as_ref().and_then(|s| s.last_attempt.as_ref());
+                    last.is_some_and(|a| a.attempt.0.ends_with(&attempt))
+                }
+                Seen::Image(_) | Seen::Node(_) => true,
+            };
+            let object = wait_for(&mut seen, &|s: &Seen| is_new(s) && (step.reached)(s, &v3.checksum)).await?;
+            match victim {
+                Victim::Operator => product.bed.operator(0)?.restart()?,
+                Victim::Daemon => product.bed.daemon(&on_node(&object))?.kill(),
+            }
+            task.abort();
+            product
+                .bed
+                .until("the node to be back and the commit rejected", LONG, || async {
+                    let status = product.osimage().await?.status.unwrap_or_default();
+                    let failed = status.failures.iter().any(|f| f.attempt.0.ends_with(&attempt));
+                    if !failed || !status.slots.is_empty() || status.phase != Some(Phase::Halted) {
+                        bail!("{:?} with {:?} and slots {:?}", status.phase, status.failures, status.slots)
+                    }
+                    let outcome = status.failures[0].outcome;
+                    if outcome != Outcome::RolledBack {
+                        bail!("it ended as {outcome}")
+                    }
+                    Ok(())
+                })
+                .await?;
+            product.nothing_left().await?;
+            assert_eq!(product.bed.nodes[0].host.booted_commit()?, v1.checksum);
+            Ok(())
+        };
+        let run = run.await.map_err(|e: anyhow::Error| e.context(format!("{victim:?} killed when {}", step.name)));
+        explain(&product, run).await;
+        eprintln!("{victim:?} killed when {}: the node is back", step.name);
+    }
+}
+
 fn on_node(seen: &Seen) -> String {
     match seen {
         Seen::NodeOS(n) => n.name_any(),
@@ -542,7 +620,7 @@ async fn bad_input_is_refused_at_admission_with_the_field_and_the_fix() {
     let Some((product, _bed)) = product(1).await else { return };
     let v2 = product.images.v2.clone();
     type Edit = fn(&mut serde_json::Value);
-    let rows: [(&str, Edit, &str); 14] = [
+    let rows: [(&str, Edit, &str); 16] = [
         ("short commit", |o| o["spec"]["image"]["ostree"]["commit"] = json!("abc"), "spec.image.ostree.commit"),
         (
             "upper case",
@@ -565,6 +643,12 @@ async fn bad_input_is_refused_at_admission_with_the_field_and_the_fix() {
             "insecureSkip can only be true",
         ),
         ("keys", |o| o["spec"]["image"]["ostree"]["verification"]["gpg"]["keys"] = json!("key"), "ASCII-armored"),
+        (
+            "password",
+            |o| o["spec"]["image"]["ostree"]["url"] = json!("https://me:secret@example.org/repo"),
+            "must not hold a user or password",
+        ),
+        ("duration twice", |o| o["spec"]["reboot"]["timeout"] = json!("30m1h"), "must be a duration like 90s"),
         ("url", |o| o["spec"]["image"]["ostree"]["url"] = json!("ftp://x"), "http://, https:// or file://"),
         ("zero budget", |o| o["spec"]["rollout"] = json!({"maxUnavailable": 0}), "rollout.paused"),
         ("odd budget", |o| o["spec"]["rollout"] = json!({"maxUnavailable": "0%"}), "1% to 100%"),

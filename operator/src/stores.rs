@@ -375,6 +375,7 @@ mod tests {
             image: None,
             may_pull: false,
             health: Default::default(),
+            retry: None,
             permit: None,
             released: None,
         };
