@@ -32,6 +32,7 @@ pub struct Window {
     #[serde(default = "utc")]
     #[schemars(length(max = 64))]
     #[x_kube(validation = Rule::new("self.matches('^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$')").message("timeZone must be a name of the IANA Time Zone Database, such as UTC or Europe/Berlin"))]
+    #[x_kube(validation = Rule::new("!self.matches('^[A-Za-z]') || timestamp('2026-01-01T00:00:00Z').getFullYear(self) > 0").message("timeZone must be a name of the IANA Time Zone Database, such as UTC or Europe/Berlin"))]
     pub time_zone: String,
 }
 

@@ -4,7 +4,8 @@
 # one of the ways back below: no network, no container runtime, no daemon.
 #
 #   /var/lib/osimage/guard/pending   attempt= target= previous= deadline= boot=   written by the daemon, arms it
-#   /var/lib/osimage/guard/acting    what pending was: the guard has begun to go back, and does so once
+#   /var/lib/osimage/guard/acting    what pending was, and acted= the boot: the guard has begun to go back
+#   /var/lib/osimage/guard/trials    the boots of the new system that were not confirmed, one a line
 #   /var/lib/osimage/guard/result    attempt= result=confirmed|fellback|rolledback|stuck reason=
 #   /run/osimage/confirmed           the attempt that the daemon confirms
 #   /run/osimage/boot-start          boot= uptime=   when this boot was first seen
@@ -14,6 +15,9 @@ set -u
 
 state=/var/lib/osimage/guard
 pending=$state/pending
+acting=$state/acting
+# The new system is booted so often at most: one that falls over before the deadline would come up for ever.
+most_trials=3
 run=/run/osimage
 own=/var/lib/osimage/bin/osimage-node-daemon
 
@@ -79,27 +83,60 @@ index_of() {
 
 # The ways back, best first: our own program, which knows the commit; then what the host has.
 go_back() {
-  if [ -x "$own" ] && why=$("$own" guard-rollback --commit "$previous" 2>&1); then return; fi
+  # Each may wait for a lock that is never given up.
+  limit=''
+  command -v timeout > /dev/null && limit='timeout 120'
+  if [ -x "$own" ] && why=$($limit "$own" guard-rollback --commit "$previous" 2>&1); then return; fi
   say "cannot go back with $own: ${why:-it is not there}"
   why="$previous is not among its deployments"
   index=$(index_of "$previous")
-  if [ -n "$index" ] && why=$(ostree admin set-default "$index" 2>&1); then return; fi
+  if [ -n "$index" ] && why=$($limit ostree admin set-default "$index" 2>&1); then return; fi
   say "cannot go back with ostree: $why"
-  if command -v rpm-ostree > /dev/null && why=$(rpm-ostree rollback 2>&1); then return; fi
-  if command -v bootc > /dev/null && why=$(bootc rollback 2>&1); then return; fi
+  if command -v rpm-ostree > /dev/null && why=$($limit rpm-ostree rollback 2>&1); then return; fi
+  if command -v bootc > /dev/null && why=$($limit bootc rollback 2>&1); then return; fi
   return 1
 }
 
-attempt=$(field "$pending" attempt)
-target=$(field "$pending" target)
-previous=$(field "$pending" previous)
-deadline=$(field "$pending" deadline)
-armed_on=$(field "$pending" boot)
+# Notes that this boot is one of the new system; says how many there were.
+count_trials() {
+  grep -qx "$boot" "$state/trials" 2> /dev/null || echo "$boot" >> "$state/trials"
+  trials=$(sort -u "$state/trials" 2> /dev/null | grep -c .)
+  case $trials in ''|*[!0-9]*) trials=1 ;; esac
+}
+
+# Goes back and ends. What is in acting says that this has begun: a power cut leaves it to the next boot.
+act() {
+  say "attempt $attempt: $reason; going back to $previous"
+  if ! go_back; then
+    say "attempt $attempt: there is no way back; the host stays up"
+    record stuck "$reason; there was no way back: ${why:-unknown}"
+    exit 0
+  fi
+  record rolledback "$reason"
+  sync
+  # In order first; a shutdown that hangs is then shortened. Nothing is staged any more that this would lose.
+  systemctl reboot
+  sleep 120
+  systemctl --force reboot
+  sleep 60
+  systemctl --force --force reboot
+  exit 0
+}
+
+file=$pending
+[ -e "$pending" ] || file=$acting
+attempt=$(field "$file" attempt)
+target=$(field "$file" target)
+previous=$(field "$file" previous)
+deadline=$(field "$file" deadline)
+armed_on=$(field "$file" boot)
+acted_on=$(field "$file" acted)
+reason=$(field "$file" reason)
 read -r boot < /proc/sys/kernel/random/boot_id
 case $deadline in ''|*[!0-9]*) deadline=900 ;; esac
 
 if [ -z "$attempt" ] || [ -z "$target" ] || [ -z "$previous" ]; then
-  say "$pending says nothing that can be acted on"
+  say "$file says nothing that can be acted on"
   exit 0
 fi
 if [ "$boot" = "$armed_on" ]; then
@@ -114,12 +151,32 @@ case $now in
   '') say "attempt $attempt: cannot tell which system runs; taking it for the new one" ;;
   *)
     say "attempt $attempt: ${now%.*} runs, not $target: the host is back already"
-    record fellback "the host booted ${now%.*} instead of $target"
-    rm -f "$pending"
+    if [ "$file" = "$acting" ]; then
+      record rolledback "$reason"
+    else
+      record fellback "the host booted ${now%.*} instead of $target"
+    fi
+    rm -f "$file"
     exit 0 ;;
 esac
 
-say "attempt $attempt: $target runs; it has to be confirmed within $deadline s"
+if [ "$file" = "$acting" ]; then
+  if [ "$acted_on" != "$boot" ] && [ "$(field "$state/result" attempt)" = "$attempt" ]; then
+    say "attempt $attempt: the host was sent back and booted $target again; it stays up"
+    record stuck "$reason; the host was sent back and booted the new system again"
+    rm -f "$acting"
+    exit 0
+  fi
+  act
+fi
+
+count_trials
+say "attempt $attempt: $target runs (boot $trials of it); it has to be confirmed within $deadline s"
+reason="not confirmed within $deadline s of the boot: the node daemon did not run, or could not go back by itself"
+if [ "$trials" -ge "$most_trials" ]; then
+  reason="booted $trials times without being confirmed: the new system falls over before its deadline"
+  deadline=0
+fi
 while [ $(($(uptime_seconds) - start)) -lt "$deadline" ]; do
   if [ "$(cat "$run/confirmed" 2> /dev/null)" = "$attempt" ]; then
     say "attempt $attempt: confirmed"
@@ -136,20 +193,9 @@ while [ $(($(uptime_seconds) - start)) -lt "$deadline" ]; do
 done
 
 # From here on a confirmation comes too late: only one of us gets the file.
-mv "$pending" "$state/acting" 2> /dev/null || { say "attempt $attempt: disarmed"; exit 0; }
+{ cat "$pending"; printf 'acted=%s\nreason=%s\n' "$boot" "$reason"; } > "$state/acting.new" 2> /dev/null
+sync "$state/acting.new" 2> /dev/null || sync
+mv "$pending" "$acting" 2> /dev/null || { rm -f "$state/acting.new"; say "attempt $attempt: disarmed"; exit 0; }
+[ ! -s "$state/acting.new" ] || mv -f "$state/acting.new" "$acting"
 sync "$state" 2> /dev/null || sync
-reason="not confirmed within $deadline s of the boot: the node daemon did not run, or could not go back by itself"
-say "attempt $attempt: $reason; going back to $previous"
-record rolledback "$reason"
-if ! go_back; then
-  say "attempt $attempt: there is no way back; the host stays up"
-  record stuck "$reason; there was no way back: ${why:-unknown}"
-  exit 0
-fi
-sync
-# In order first; a shutdown that hangs is then shortened. Nothing is staged any more that this would lose.
-systemctl reboot
-sleep 120
-systemctl --force reboot
-sleep 60
-systemctl --force --force reboot
+act

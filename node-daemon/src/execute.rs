@@ -4,8 +4,10 @@
 //! |---|---|
 //! | Arm | guard, pin, then the record |
 //! | Stage | the deployment, then the service that completes it |
-//! | Confirm, Close | guard disarmed, deployments put right, unpinned, then the record |
-//! | RollBack | the record (it says why), then the default |
+//! | Confirm | guard confirmed and disarmed, unpinned, then the record |
+//! | Close | nothing staged any more, the default put right, unpinned, then the guard disarmed, then the record |
+//! | Disarm | unpinned, then the guard disarmed |
+//! | RollBack | the record (it says why), then the default; that also when /var is full |
 //!
 //! A download runs beside the loop: see `pull`.
 
@@ -60,13 +62,20 @@ impl Executor {
             }
             HostStep::Reboot => self.reboot(state).await,
             HostStep::Confirm(record) => {
-                guard::confirm(&self.host, &record.attempt).map_err(on_host)?;
+                guard::confirm(&self.host, &record.attempt, &state.boot_id).map_err(on_host)?;
                 self.change(Request::Unpin).await?;
                 self.save(record)
             }
             HostStep::Close(record) => self.close(record, state).await,
+            HostStep::Disarm => {
+                self.change(Request::Unpin).await?;
+                guard::disarm(&self.host).map_err(on_host)
+            }
             HostStep::RollBack(record) => {
-                self.save(record)?;
+                // A bad system may have filled the disk: the way back must not need space.
+                if let Err(failure) = self.save(record) {
+                    tracing::error!(%failure, "cannot write down why the host goes back; it goes back all the same");
+                }
                 self.change(Request::SetDefault { commit: record.previous.clone() }).await
             }
         }
@@ -79,7 +88,6 @@ impl Executor {
     }
 
     async fn close(&self, record: &Record, state: &HostState) -> Result<(), Failure> {
-        guard::disarm(&self.host).map_err(on_host)?;
         self.change(Request::Unstage { commit: record.commit.clone() }).await?;
         // A boot loader that fell back may try the failed deployment again next time, unless it is told not to.
         let first = state.deployments.iter().find(|d| !d.staged);
@@ -88,6 +96,8 @@ impl Executor {
             self.change(Request::SetDefault { commit: booted.commit.clone() }).await?;
         }
         self.change(Request::Unpin).await?;
+        // Not before: as long as the new system could still be booted, the guard watches.
+        guard::disarm(&self.host).map_err(on_host)?;
         self.save(record)
     }
 
@@ -134,6 +144,7 @@ pub fn step_name(step: &HostStep) -> &'static str {
         HostStep::Confirm(_) => "Confirm",
         HostStep::Close(_) => "Close",
         HostStep::RollBack(_) => "RollBack",
+        HostStep::Disarm => "Disarm",
     }
 }
 

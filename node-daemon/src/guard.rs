@@ -5,7 +5,7 @@
 //! carried into the new deployment by the merge at shutdown; what is under /var is shared by both. Everything here may
 //! be repeated after a crash at any point.
 
-use std::{fs::File, io, time::Duration};
+use std::{collections::BTreeSet, fs::File, io, time::Duration};
 
 use osimage_crds::{AttemptId, Period};
 use osimage_planner::host::{GuardResult, Record};
@@ -22,6 +22,7 @@ const SCRIPT_FILE: &str = "/etc/osimage/guard.sh";
 const PROGRAM: &str = "/var/lib/osimage/bin/osimage-node-daemon";
 const PENDING: &str = "/var/lib/osimage/guard/pending";
 const ACTING: &str = "/var/lib/osimage/guard/acting";
+const TRIALS: &str = "/var/lib/osimage/guard/trials";
 const RESULT: &str = "/var/lib/osimage/guard/result";
 const CONFIRMED: &str = "/run/osimage/confirmed";
 const BOOT_START: &str = "/run/osimage/boot-start";
@@ -34,15 +35,18 @@ pub fn arm(host: &HostFiles, record: &Record) -> io::Result<()> {
     host.link("../osimage-guard.service", WANTS_LINK)?;
     host.remove(ACTING)?;
     host.remove(RESULT)?;
+    host.remove(TRIALS)?;
     host.write(PENDING, pending(record).as_bytes(), 0o644)
 }
 
-/// Confirms the attempt to a guard that waits, and disarms it. Fails when the guard has begun to go back already.
-pub fn confirm(host: &HostFiles, attempt: &AttemptId) -> io::Result<()> {
+/// Confirms the attempt to a guard that waits, and disarms it. Fails when the guard has begun to go back on this boot.
+pub fn confirm(host: &HostFiles, attempt: &AttemptId, boot_id: &str) -> io::Result<()> {
     host.write(CONFIRMED, format!("{}\n", one_line(&attempt.0)).as_bytes(), 0o644)?;
     host.remove(PENDING)?;
-    let acting = host.read(ACTING)?.is_some_and(|text| value(&text, "attempt") == Some(&one_line(&attempt.0)));
-    let gave_up = result(host)?.is_some_and(|r| r.attempt == *attempt && !r.rolled_back);
+    // One of an earlier boot was cut off before it had gone back, and is void.
+    let now = |text: &str| value(text, "acted").is_none_or(|boot| boot == boot_id);
+    let acting = host.read(ACTING)?.is_some_and(|t| value(&t, "attempt") == Some(&one_line(&attempt.0)) && now(&t));
+    let gave_up = result(host).is_some_and(|r| r.attempt == *attempt && !r.rolled_back);
     if acting && !gave_up {
         return Err(io::Error::other("the boot guard is sending the host back; the confirmation came too late"));
     }
@@ -56,12 +60,29 @@ pub fn disarm(host: &HostFiles) -> io::Result<()> {
 }
 
 fn remove_files(host: &HostFiles) -> io::Result<()> {
-    [ACTING, WANTS_LINK, UNIT_FILE, SCRIPT_FILE, PROGRAM].into_iter().try_for_each(|file| host.remove(file))
+    [ACTING, TRIALS, WANTS_LINK, UNIT_FILE, SCRIPT_FILE, PROGRAM].into_iter().try_for_each(|file| host.remove(file))
 }
 
-/// What the guard did, of the attempt that it names.
-pub fn result(host: &HostFiles) -> io::Result<Option<GuardResult>> {
-    Ok(host.read(RESULT)?.as_deref().and_then(parse_result))
+/// What the guard did, of the attempt that it names. What cannot be read is nothing: it only tells a story better.
+pub fn result(host: &HostFiles) -> Option<GuardResult> {
+    host.read(RESULT).ok().flatten().as_deref().and_then(parse_result)
+}
+
+/// The attempt that the guard is armed for.
+pub fn armed(host: &HostFiles) -> Option<AttemptId> {
+    let text = host.read(PENDING).ok().flatten()?;
+    value(&text, "attempt").map(|attempt| AttemptId(attempt.to_owned()))
+}
+
+/// How often the new system was booted without being confirmed, this boot included. The guard counts in the same file;
+/// where that cannot be written, this boot is the first.
+pub fn count_trials(host: &HostFiles, boot_id: &str) -> u32 {
+    let text = host.read(TRIALS).ok().flatten().unwrap_or_default();
+    let mut boots: BTreeSet<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+    if boots.insert(boot_id) && host.write(TRIALS, format!("{text}{boot_id}\n").as_bytes(), 0o644).is_err() {
+        return 1;
+    }
+    u32::try_from(boots.len()).unwrap_or(u32::MAX)
 }
 
 fn parse_result(text: &str) -> Option<GuardResult> {
@@ -83,8 +104,11 @@ pub fn since_boot(host: &HostFiles, boot_id: &str) -> io::Result<Duration> {
     if let Some(start) = start {
         return Ok(Duration::from_secs(uptime.saturating_sub(start)));
     }
-    host.write(BOOT_START, format!("boot={boot_id}\nuptime={uptime}\n").as_bytes(), 0o644)?;
-    Ok(Duration::ZERO)
+    match host.write(BOOT_START, format!("boot={boot_id}\nuptime={uptime}\n").as_bytes(), 0o644) {
+        Ok(()) => Ok(Duration::ZERO),
+        // /run is full: count from the start of the kernel, which is a little earlier.
+        Err(_) => Ok(Duration::from_secs(uptime)),
+    }
 }
 
 /// Whole seconds since the kernel started.
@@ -166,7 +190,7 @@ mod tests {
         }
         assert!(host.read(PENDING).unwrap().is_some() && host.read(WANTS_LINK).unwrap().is_some());
         for _ in 0..2 {
-            confirm(&host, &record.attempt).unwrap();
+            confirm(&host, &record.attempt, "boot-2").unwrap();
         }
         for file in [PENDING, UNIT_FILE, WANTS_LINK, SCRIPT_FILE, PROGRAM] {
             assert!(!host.path(file).exists(), "{file}");
@@ -180,9 +204,29 @@ mod tests {
         let record = record("a-1", 60);
         arm(&host, &record).unwrap();
         std::fs::rename(host.path(PENDING), host.path(ACTING)).unwrap();
-        assert!(confirm(&host, &record.attempt).is_err());
+        assert!(confirm(&host, &record.attempt, "boot-2").is_err());
         host.write(RESULT, b"attempt=a-1\nresult=stuck\nreason=no way back\n", 0o644).unwrap();
-        confirm(&host, &record.attempt).unwrap();
+        confirm(&host, &record.attempt, "boot-2").unwrap();
+    }
+
+    #[test]
+    fn one_that_was_cut_off_on_an_earlier_boot_is_void() {
+        let (_folder, host) = host();
+        let record = record("a-1", 60);
+        arm(&host, &record).unwrap();
+        host.write(ACTING, format!("{}acted=boot-2\nreason=late\n", pending(&record)).as_bytes(), 0o644).unwrap();
+        assert!(confirm(&host, &record.attempt, "boot-2").is_err());
+        confirm(&host, &record.attempt, "boot-3").unwrap();
+    }
+
+    #[test]
+    fn boots_of_the_new_system_are_counted_once_each() {
+        let (_folder, host) = host();
+        arm(&host, &record("a-1", 60)).unwrap();
+        let counts: Vec<u32> = ["two", "two", "three", "two", "four"].map(|boot| count_trials(&host, boot)).to_vec();
+        assert_eq!(counts, [1, 1, 2, 2, 3]);
+        arm(&host, &record("a-2", 60)).unwrap();
+        assert_eq!(count_trials(&host, "five"), 1, "another attempt counts anew");
     }
 
     #[test]

@@ -85,8 +85,9 @@ impl Observer {
                 None,
             );
         }
-        let unsupported = facts.unsupported.clone().or(blind).or(unreadable);
-        self.observation(Facts { unsupported, ..facts }, files, checks, trouble, stale)
+        let mut seen = self.observation(facts, files, checks, trouble, stale);
+        seen.state.unreadable = blind.or(unreadable);
+        seen
     }
 
     fn observation(
@@ -98,9 +99,13 @@ impl Observer {
         stale: Option<Failure>,
     ) -> Observation {
         let Files { boot_id, record, guard, since_boot, os } = files;
+        let armed = guard::armed(&self.host);
         let on_trial = record.as_ref().is_some_and(|r| on_trial(r, &facts, &boot_id));
         let state = HostState {
             unsupported: facts.unsupported.clone(),
+            unreadable: None,
+            armed,
+            trial_boots: if on_trial { guard::count_trials(&self.host, &boot_id) } else { 0 },
             deployments: facts.deployments.iter().map(deployment).collect(),
             held: facts.held.clone(),
             record,
@@ -141,10 +146,13 @@ impl Observer {
         if boot_id.is_empty() {
             return Err(io::Error::other("the host has no boot ID: /proc/1/root is not the root of a host"));
         }
+        let record = read_record(&self.host)?;
+        // Nothing is written to a host on which nothing is under way.
+        let open = record.as_ref().is_some_and(|r| !r.finished());
         Ok(Files {
-            record: read_record(&self.host)?,
-            guard: guard::result(&self.host)?,
-            since_boot: guard::since_boot(&self.host, &boot_id)?,
+            guard: guard::result(&self.host),
+            since_boot: if open { guard::since_boot(&self.host, &boot_id)? } else { Duration::ZERO },
+            record,
             os: self.host.read("/etc/os-release")?.as_deref().map(pretty_name).unwrap_or_default(),
             boot_id,
         })

@@ -146,7 +146,14 @@ impl Failure {
     }
 
     pub fn problem(&self) -> Problem {
-        Problem { reason: self.reason, message: self.message.clone(), retrying: self.transient }
+        // What does not pass by itself is not tried again by itself: say how to ask for it.
+        let again = if self.transient {
+            ""
+        } else {
+            ". When that is done, set the annotation osimage.dev/retry on the OSImage to a new value"
+        };
+        let message = format!("{}{again}", self.message.trim_end_matches('.'));
+        Problem { reason: self.reason, message, retrying: self.transient }
     }
 }
 

@@ -51,7 +51,7 @@ impl Known {
 }
 
 /// A watch may tell late of what a write has answered already.
-fn is_older(new: &NodeOS, old: &NodeOS) -> bool {
+pub fn is_older(new: &NodeOS, old: &NodeOS) -> bool {
     let version = |o: &NodeOS| o.resource_version()?.parse::<u64>().ok();
     new.uid() == old.uid() && version(new).zip(version(old)).is_some_and(|(new, old)| new < old)
 }

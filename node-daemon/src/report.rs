@@ -120,6 +120,9 @@ mod tests {
         };
         Observation {
             state: HostState {
+                unreadable: None,
+                armed: None,
+                trial_boots: 0,
                 boot_id: "boot".into(),
                 unsupported: None,
                 deployments: vec![],

@@ -41,7 +41,7 @@ use crate::{
     metrics::Metrics,
     observe::{Observation, Observer, record_on_trial},
     protocol::Failure,
-    publish::{Known, Publisher},
+    publish::{self, Known, Publisher},
     pull::{Ended, Pulls},
     report,
     trouble::{LONGEST_PAUSE, Trouble},
@@ -158,7 +158,7 @@ struct Last {
     /// A step that is not taken again before this time.
     not_before: Option<(HostStep, Instant)>,
     /// What trouble is remembered for.
-    spec: Option<(Option<Image>, Option<Permit>)>,
+    spec: Option<(Option<Image>, Option<Permit>, Option<String>)>,
 }
 
 impl Daemon {
@@ -279,9 +279,11 @@ impl Daemon {
             Err(failure) => {
                 tracing::error!(node = self.node, step = name, commit = short, attempt, %failure, "a step failed");
                 let longest = match step {
-                    HostStep::Release { .. } | HostStep::Arm(_) | HostStep::Stage(_) | HostStep::Pull(_) => {
-                        LONGEST_PAUSE
-                    }
+                    HostStep::Release { .. }
+                    | HostStep::Disarm
+                    | HostStep::Arm(_)
+                    | HostStep::Stage(_)
+                    | HostStep::Pull(_) => LONGEST_PAUSE,
                     HostStep::Reboot | HostStep::Confirm(_) | HostStep::Close(_) | HostStep::RollBack(_) => {
                         LONGEST_PAUSE_ON_TRIAL
                     }
@@ -307,7 +309,7 @@ impl Daemon {
             | HostStep::Confirm(record)
             | HostStep::Close(record)
             | HostStep::RollBack(record) => Some(record.commit.clone()),
-            HostStep::Reboot => seen.state.record.as_ref().map(|r| r.commit.clone()),
+            HostStep::Reboot | HostStep::Disarm => seen.state.record.as_ref().map(|r| r.commit.clone()),
             HostStep::Release { .. } => {
                 let image = self.asked.object().and_then(|o| o.spec.image.as_ref());
                 image.map(|i| i.ostree.commit.clone())
@@ -350,11 +352,17 @@ impl Daemon {
     }
 
     fn ask(&mut self, asked: Asked) {
+        // A watch that is behind must not bring back what was read past it.
+        if let (Some(new), Some(old)) = (asked.object(), self.asked.object())
+            && publish::is_older(new, old)
+        {
+            return;
+        }
         match asked.object() {
             Some(object) => self.known.offer(object.clone()),
             None => self.known.clear(),
         }
-        let spec = asked.object().map(|o| (o.spec.image.clone(), o.spec.permit.clone()));
+        let spec = asked.object().map(|o| (o.spec.image.clone(), o.spec.permit.clone(), o.spec.retry.clone()));
         if spec != self.last.spec {
             self.trouble.clear();
             self.last.not_before = None;

@@ -35,6 +35,12 @@ pub struct HostState {
     pub boot_id: String,
     /// Why this host must not be touched, if so.
     pub unsupported: Option<String>,
+    /// Why nothing could be learnt of it now, if so.
+    pub unreadable: Option<String>,
+    /// The attempt that the boot guard is armed for.
+    pub armed: Option<AttemptId>,
+    /// How often the new system was booted without being confirmed, this boot included, while on trial.
+    pub trial_boots: u32,
     /// The deployments, default first, as `ostree admin status` lists them.
     pub deployments: Vec<HostDeployment>,
     /// Commits that are on disk completely, verified, and held by a ref of ours.
@@ -154,6 +160,8 @@ pub enum HostStep {
     Close(Box<Record>),
     /// Write the record (it says why), make the previous deployment the default.
     RollBack(Box<Record>),
+    /// Undo what was armed for an attempt that was never recorded: unpin, disarm the guard.
+    Disarm,
 }
 
 /// The decision: one step, what to report meanwhile, when to look again.
@@ -185,13 +193,21 @@ pub struct Report {
 
 /// How long to wait before the host is told again to go down.
 const REBOOT_AGAIN: Duration = Duration::from_secs(60);
+/// A new system is booted so often at most; one that falls over before its deadline would come up for ever. The boot guard
+/// counts the same way.
+const MOST_TRIALS: u32 = 3;
 /// How often a host on trial is looked at.
 const TRIAL_LOOK: Duration = Duration::from_secs(1);
 
 /// Decides the one next step of a host.
 pub fn plan(state: &HostState, wanted: Wanted<'_>) -> HostPlan {
+    if let Some(message) = &state.unreadable {
+        return untouchable(state, ProblemReason::HostError, message.clone(), true);
+    }
     let Some(booted) = state.booted().filter(|_| state.unsupported.is_none()) else {
-        return unsupported(state);
+        let unbooted = "the host is not booted from an OSTree deployment";
+        let message = state.unsupported.clone().unwrap_or_else(|| unbooted.into());
+        return untouchable(state, ProblemReason::UnsupportedHost, message, false);
     };
     match &state.record {
         Some(record) if !record.finished() => underway(state, booted, record, wanted),
@@ -227,17 +243,16 @@ impl Record {
     }
 }
 
-fn unsupported(state: &HostState) -> HostPlan {
-    let message =
-        state.unsupported.clone().unwrap_or_else(|| "the host is not booted from an OSTree deployment".into());
+/// A host that nothing may be done to, now or at all.
+fn untouchable(state: &HostState, reason: ProblemReason, message: String, retrying: bool) -> HostPlan {
     HostPlan {
         step: None,
         report: Report {
             phase: NodePhase::Failed,
             message: message.clone(),
-            problem: Some(Problem { reason: ProblemReason::UnsupportedHost, message, retrying: false }),
+            problem: Some(Problem { reason, message, retrying }),
             pulled: None,
-            attempt: state.record.as_ref().map(|r| attempt(r, AttemptState::Finished)),
+            attempt: state.record.as_ref().map(|r| attempt(r, AttemptState::Armed)),
         },
         wake: None,
     }
@@ -254,6 +269,12 @@ fn at_rest(state: &HostState, booted: &HostDeployment, wanted: Wanted<'_>) -> Ho
         attempt: last.clone(),
     };
     let plan = |step, report, wake| HostPlan { step, report, wake };
+    // A daemon that died while it armed the guard, or could not, left it armed for nothing.
+    let arming = matches!(wanted, Wanted::Spec(spec) if spec.permit.as_ref().is_some_and(|p| Some(&p.attempt) == state.armed.as_ref() && state.is_news(p)));
+    if state.armed.is_some() && !arming && !matches!(wanted, Wanted::Unknown) {
+        let message = "disarms what an attempt left that was not begun".into();
+        return plan(Some(HostStep::Disarm), report(NodePhase::Waiting, message, None, None), None);
+    }
     let spec = match wanted {
         Wanted::Unknown => {
             return plan(None, report(NodePhase::Idle, "waits for the API server".into(), None, None), None);
@@ -501,6 +522,13 @@ impl Trial<'_> {
                 None,
             );
         }
+        if let Some(guard) = self.state.guard.as_ref().filter(|g| g.rolled_back && g.attempt == self.record.attempt) {
+            return self.stuck(format!(
+                "the boot guard sent the host back ({}), but it runs {}",
+                guard.message,
+                commit.short()
+            ));
+        }
         let failing: Vec<String> =
             self.state.checks.iter().filter(|c| !c.passing).map(|c| format!("{}: {}", c.name, c.message)).collect();
         if self.state.since_boot >= health.deadline.get() {
@@ -515,6 +543,12 @@ impl Trial<'_> {
                 }
             };
             return self.roll_back(message);
+        }
+        if self.state.trial_boots >= MOST_TRIALS {
+            let times = self.state.trial_boots;
+            return self.roll_back(format!(
+                "booted {times} times without becoming healthy: it falls over before its deadline"
+            ));
         }
         let left = health.deadline.get().saturating_sub(self.state.since_boot);
         let wake = Some(TRIAL_LOOK.min(left));
@@ -535,6 +569,17 @@ impl Trial<'_> {
             let message =
                 format!("{message}; the previous deployment {} is gone, so the host stays up", previous.short());
             return self.stuck(message);
+        }
+        // The record may be what could not be written; the default tells as well.
+        if self.state.deployments.first().is_some_and(|d| d.commit == *previous && !d.booted) {
+            let again = Some(REBOOT_AGAIN);
+            return self.plan(
+                Some(HostStep::Reboot),
+                NodePhase::RollingBack,
+                AttemptState::RollingBack,
+                message,
+                again,
+            );
         }
         let stage = Stage::RollingBack { boot_id: self.state.boot_id.clone(), message: message.clone() };
         let record = Box::new(Record { stage, ..self.record.clone() });
@@ -564,6 +609,11 @@ impl Trial<'_> {
     }
 
     fn stuck(&self, message: String) -> HostPlan {
+        let Record { previous, .. } = self.record;
+        let message = format!(
+            "{message}; look at `ostree admin status` on the host, make {} the default and reboot",
+            previous.short()
+        );
         let mut plan = self.plan(None, NodePhase::Failed, AttemptState::RollingBack, message.clone(), None);
         plan.report.problem = Some(Problem { reason: ProblemReason::RollbackFailed, message, retrying: false });
         plan

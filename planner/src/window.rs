@@ -1061,7 +1061,7 @@ mod tests {
                         format!("{a}-{b}/{step}")
                     }
                     2 if random.bool() => {
-                        (low..=high).filter(|n| (n - low) % step == 0).for_each(|n| set[n] = true);
+                        (low..=high).filter(|n| (n - low).is_multiple_of(step)).for_each(|n| set[n] = true);
                         format!("*/{step}")
                     }
                     _ => {
@@ -1164,7 +1164,7 @@ mod tests {
         ];
         let mut random = fastrand::Rng::with_seed(3);
         let mut compared = 0;
-        for round in 0..560 {
+        for round in 0..140 {
             let (zone, change) = changes[round % changes.len()];
             let start = ts(change) - SignedDuration::from_hours(24 * DAYS_BEFORE);
             let mut open = vec![false; usize::try_from((DAYS_BEFORE + DAYS) * 24 * 60).unwrap()];
@@ -1210,7 +1210,7 @@ mod tests {
                 compared += 1;
             }
         }
-        assert!(compared > 25_000, "{compared}");
+        assert!(compared > 6_000, "{compared}");
     }
 
     #[test]

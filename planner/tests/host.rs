@@ -33,6 +33,9 @@ fn host() -> HostState {
     HostState {
         boot_id: "boot-1".into(),
         unsupported: None,
+        unreadable: None,
+        armed: None,
+        trial_boots: 0,
         deployments: vec![deployment(old(), true)],
         held: vec![],
         record: None,
@@ -263,11 +266,52 @@ fn it_goes_back_at_most_once_per_attempt() {
 }
 
 #[test]
+fn a_host_that_the_guard_sent_back_in_vain_is_not_tried_a_second_time() {
+    let guard = Some(GuardResult { attempt: AttemptId("a-1".into()), rolled_back: true, message: "late".into() });
+    let plan = decide(&HostState { guard, ..trial() }, &permitted());
+    assert_eq!((plan.step, plan.report.problem.unwrap().reason), (None, ProblemReason::RollbackFailed));
+}
+
+#[test]
 fn with_nothing_to_go_back_to_it_stays_up_and_says_so() {
     let alone =
         HostState { deployments: vec![deployment(new(), true)], since_boot: Duration::from_secs(99), ..trial() };
     let plan = decide(&alone, &permitted());
     assert_eq!((plan.step, plan.report.problem.unwrap().reason), (None, ProblemReason::RollbackFailed));
+}
+
+#[test]
+fn a_system_that_falls_over_again_and_again_is_left_for_good() {
+    let third = HostState { trial_boots: 3, ..trial() };
+    assert!(matches!(decide(&third, &permitted()).step, Some(HostStep::RollBack(_))));
+    let second = HostState { trial_boots: 2, ..trial() };
+    assert_eq!(decide(&second, &permitted()).step, None);
+    let acknowledged = NodeOSSpec { permit: Some(Permit { acknowledged: true, ..permit() }), ..spec() };
+    assert_eq!(finished(&decide(&third, &acknowledged)), Outcome::Booted);
+}
+
+#[test]
+fn a_record_that_cannot_be_written_does_not_keep_the_host_from_going_back() {
+    let swapped = vec![deployment(old(), false), deployment(new(), true)];
+    let full = HostState { since_boot: Duration::from_secs(99), deployments: swapped, ..trial() };
+    assert_eq!(decide(&full, &permitted()).step, Some(HostStep::Reboot));
+}
+
+#[test]
+fn a_guard_that_was_armed_for_nothing_is_disarmed() {
+    let armed = HostState { armed: Some(AttemptId("a-0".into())), held: vec![new()], ..host() };
+    assert_eq!(decide(&armed, &spec()).step, Some(HostStep::Disarm));
+    assert_eq!(decide(&armed, &permitted()).step, Some(HostStep::Disarm), "it is for another attempt");
+    let own = HostState { armed: Some(AttemptId("a-1".into())), ..armed };
+    assert!(matches!(decide(&own, &permitted()).step, Some(HostStep::Arm(_))), "arming goes on after a crash");
+    assert_eq!(plan(&own, Wanted::Unknown).step, None);
+}
+
+#[test]
+fn a_host_that_cannot_be_read_now_is_not_called_unsupported() {
+    let state = HostState { unreadable: Some("timed out".into()), record: Some(record()), ..host() };
+    let problem = decide(&state, &permitted()).report.problem.unwrap();
+    assert_eq!((problem.reason, problem.retrying), (ProblemReason::HostError, true));
 }
 
 // ---- back without being told ----

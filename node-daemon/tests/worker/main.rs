@@ -353,12 +353,50 @@ fn the_guard_sends_a_host_back_that_nobody_confirms() {
     host.reboot();
     assert_eq!(host.booted(), v1);
 
-    // At most once for an attempt: whatever boots now, nothing is armed.
+    // At most once for an attempt: a host that boots the new system all the same stays up.
     host.done(&json!({"op": "setDefault", "commit": v2}));
     host.reboot();
     let again = host.program(&["sh", "/etc/osimage/guard.sh"]);
-    assert!(String::from_utf8(again.stdout).unwrap().contains("says nothing"));
+    assert!(String::from_utf8(again.stdout).unwrap().contains("it stays up"));
+    assert!(result(&host).contains("result=stuck"), "{}", result(&host));
     assert_eq!(default(&host), v2);
+}
+
+#[test]
+fn a_guard_that_was_cut_off_while_it_went_back_goes_on_at_the_next_boot() {
+    if !possible() {
+        return;
+    }
+    let (_publisher, host, v1, _) = on_trial(600);
+    let folder = host.file("/var/lib/osimage/guard");
+    let pending = fs::read_to_string(folder.join("pending")).unwrap();
+    fs::write(folder.join("acting"), format!("{pending}acted=an-earlier-boot\nreason=late\n")).unwrap();
+    fs::remove_file(folder.join("pending")).unwrap();
+    let guard = host.start(&["sh", "/etc/osimage/guard.sh"]);
+    wait_for("the reboot", || host.systemctl_log().contains("reboot"));
+    println!("{}", guard.said());
+    assert_eq!(default(&host), v1);
+    assert!(result(&host).contains("result=rolledback\nreason=late"), "{}", result(&host));
+}
+
+#[test]
+fn a_system_that_falls_over_before_its_deadline_is_left_at_its_third_boot() {
+    if !possible() {
+        return;
+    }
+    let (_publisher, mut host, v1, v2) = on_trial(600);
+    for boot in 1..=2 {
+        let guard = host.start(&["sh", "/etc/osimage/guard.sh"]);
+        wait_for("the guard", || guard.said().contains(&format!("boot {boot} of it")));
+        drop(guard);
+        host.reboot();
+        assert_eq!(host.booted(), v2);
+    }
+    let guard = host.start(&["sh", "/etc/osimage/guard.sh"]);
+    wait_for("the reboot", || host.systemctl_log().contains("reboot"));
+    println!("{}", guard.said());
+    assert_eq!(default(&host), v1);
+    assert!(result(&host).contains("reason=booted 3 times"), "{}", result(&host));
 }
 
 #[test]

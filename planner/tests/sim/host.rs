@@ -17,6 +17,8 @@ pub struct Host {
     pub record: Option<Record>,
     guard: Option<GuardResult>,
     guard_armed: bool,
+    armed: Option<osimage_crds::AttemptId>,
+    trial_boots: u32,
     // -- this boot
     pub boot: u64,
     pub up: bool,
@@ -55,6 +57,8 @@ impl Host {
             record: None,
             guard: None,
             guard_armed: false,
+            armed: None,
+            trial_boots: 0,
             boot: 1,
             up: true,
             silent: false,
@@ -101,6 +105,9 @@ impl Host {
         self.booted_at = now;
         self.healthy_since = None;
         self.spec = Memory::Unknown;
+        if self.record.as_ref().is_some_and(|r| !r.finished() && *self.booted() == r.commit) {
+            self.trial_boots += 1;
+        }
         self.guard_at_boot();
     }
 
@@ -109,6 +116,7 @@ impl Host {
         let Some(record) = self.record.clone().filter(|_| self.guard_armed) else { return };
         if *self.booted() != record.commit {
             self.guard_armed = false;
+            self.armed = None;
             self.guard.get_or_insert(GuardResult {
                 attempt: record.attempt,
                 rolled_back: false,
@@ -127,6 +135,7 @@ impl Host {
             return false;
         }
         self.guard_armed = false;
+        self.armed = None;
         let Some(at) = self.deployments.iter().position(|d| d.commit == record.previous && !d.booted) else {
             return false;
         };
@@ -175,6 +184,9 @@ impl Host {
         HostState {
             boot_id: self.boot_id(),
             unsupported: None,
+            unreadable: None,
+            armed: self.armed.clone(),
+            trial_boots: if on_trial { self.trial_boots } else { 0 },
             deployments: self.deployments.clone(),
             held: self.held.clone(),
             record: self.record.clone(),
@@ -229,6 +241,8 @@ impl Host {
             HostStep::Release { keep } => self.held.retain(|c| keep.contains(c)),
             HostStep::Arm(record) => {
                 self.guard_armed = true;
+                self.armed = Some(record.attempt.clone());
+                self.trial_boots = 0;
                 self.guard = None;
                 self.deployments.iter_mut().filter(|d| d.booted).for_each(|d| d.pinned = true);
                 if !crash {
@@ -243,8 +257,14 @@ impl Host {
             }
             HostStep::Stage(_) => {}
             HostStep::Reboot => self.go_down(),
+            HostStep::Disarm => {
+                self.guard_armed = false;
+                self.armed = None;
+                self.deployments.iter_mut().for_each(|d| d.pinned = false);
+            }
             HostStep::Confirm(record) | HostStep::Close(record) => {
                 self.guard_armed = false;
+                self.armed = None;
                 let kept =
                     matches!(record.stage, Stage::Finished { outcome: osimage_crds::nodeos::Outcome::Booted, .. });
                 if !kept {

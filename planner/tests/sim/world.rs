@@ -697,6 +697,7 @@ fn short(step: &HostStep) -> String {
         HostStep::Arm(r) => format!("arm {} {:?}", r.attempt, r.commit),
         HostStep::Stage(image) => format!("stage {:?}", image.ostree.commit),
         HostStep::Reboot => "reboot".into(),
+        HostStep::Disarm => "disarm".into(),
         HostStep::Confirm(r) => format!("confirm {}", r.attempt),
         HostStep::Close(r) => format!("close {} {:?}", r.attempt, r.stage),
         HostStep::RollBack(r) => format!("roll back {}", r.attempt),
