@@ -31,7 +31,7 @@ pub struct Window {
     /// The time zone of `schedule`, by its name in the IANA Time Zone Database, such as `Europe/Berlin`.
     #[serde(default = "utc")]
     #[schemars(length(max = 64))]
-    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$')").message("timeZone must be a name of the IANA Time Zone Database, such as UTC or Europe/Berlin"))]
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$') && self != 'Local'").message("timeZone must be a name of the IANA Time Zone Database, such as UTC or Europe/Berlin"))]
     #[x_kube(validation = Rule::new("!self.matches('^[A-Za-z]') || timestamp('2026-01-01T00:00:00Z').getFullYear(self) > 0").message("timeZone must be a name of the IANA Time Zone Database, such as UTC or Europe/Berlin"))]
     pub time_zone: String,
 }
