@@ -15,7 +15,10 @@ use osimage_crds::{
     AttemptId, Commit, ConditionType, NodeOS, NodeOSSpec, NodeOSStatus, OSImage, OSImageSpec, OSImageStatus, Period,
     condition, names,
     nodeos::{Attempt, AttemptState, Deployment, OSImageRef, Outcome, Problem, ProblemReason},
-    osimage::{Drain, Failure, Health, Image, OSTreeImage, Phase, Reboot, Rollout, Slot, SlotOutcome, Verification},
+    osimage::{
+        Approval, Drain, Failure, Health, Image, OSTreeImage, OnDrainTimeout, Phase, Reboot, Rollout, RolloutResult,
+        Slot, SlotOutcome, Verification, Wave,
+    },
 };
 use osimage_planner::{
     Fleet, HoldReason, NodeView, Plan, Step,
@@ -390,4 +393,178 @@ fn an_unchanged_fleet_gives_an_unchanged_status() {
     assert_eq!(once.status.phase, Some(Phase::Updated));
     let again = rollout::plan(&with_status(fleet([updated("a"), updated("b")]), once.status.clone()), at(1000));
     assert_eq!((again.status, again.steps), (once.status, vec![]));
+}
+
+// ---- waves, topology, order ----
+
+fn wave(name: &str, size: i32) -> Wave {
+    let size = Some(IntOrString::Int(size));
+    Wave { name: name.into(), node_selector: None, size, soak: Period::seconds(60), approval: Approval::Automatic }
+}
+
+fn labelled(node: NodeView, key: &str, value: &str) -> NodeView {
+    NodeView { labels: BTreeMap::from([(key.to_owned(), value.to_owned())]), ..node }
+}
+
+#[test]
+fn the_next_wave_begins_when_the_one_before_has_soaked() {
+    let mut canary = fleet([node("a"), node("b")]);
+    canary.image.spec.rollout.waves = vec![wave("canary", 1)];
+    canary.image.spec.rollout.max_unavailable = IntOrString::Int(2);
+    let first = rollout::plan(&canary, at(10));
+    assert_eq!(slots(&first), ["a"], "one is in the wave, though two may be down");
+    assert!(first.holds.iter().any(|h| h.reason == HoldReason::WaveNotOpen && h.message.contains("0 of 1")));
+
+    canary.nodes.insert("a".into(), updated("a"));
+    let status = OSImageStatus { slots: vec![], ..first.status };
+    let soaking = rollout::plan(&with_status(canary.clone(), status), at(20));
+    assert_eq!(slots(&soaking), Vec::<&str>::new());
+    assert!(reasons(&soaking).contains(&HoldReason::WaveSoaking));
+    assert_eq!(soaking.status.rollout.as_ref().unwrap().waves[0].completed, Some(Time(at(20))));
+    let soaked = rollout::plan(&with_status(canary, soaking.status), at(80));
+    assert_eq!(slots(&soaked), ["b"]);
+}
+
+#[test]
+fn a_manual_wave_waits_for_an_approval_of_this_commit() {
+    let mut manual = fleet([node("a")]);
+    manual.image.spec.rollout.waves = vec![Wave { approval: Approval::Manual, ..wave("all", 9) }];
+    let waits = rollout::plan(&manual, at(10));
+    assert_eq!((slots(&waits), waits.status.phase), (vec![], Some(Phase::Waiting)));
+    assert!(
+        waits
+            .status
+            .message
+            .contains("kubectl annotate osimage fleet --overwrite approve.osimage.dev/all=222222222222")
+    );
+    for (value, begins) in
+        [("1".repeat(64), false), ("2".repeat(11), false), ("2".repeat(12), true), ("2".repeat(64), true)]
+    {
+        manual.image.metadata.annotations =
+            Some(BTreeMap::from([("approve.osimage.dev/all".to_owned(), value.clone())]));
+        assert_eq!(slots(&rollout::plan(&manual, at(11))).len(), usize::from(begins), "{value}");
+    }
+}
+
+#[test]
+fn a_node_in_two_waves_is_an_invalid_spec_that_names_the_field() {
+    let selector = |value: &str| serde_json::from_value(serde_json::json!({"matchLabels": {"pool": value}})).unwrap();
+    let mut overlapping = fleet([labelled(node("a"), "pool", "x")]);
+    let by_label = |name: &str| Wave { size: None, node_selector: Some(selector("x")), ..wave(name, 0) };
+    overlapping.image.spec.rollout.waves = vec![by_label("one"), by_label("two")];
+    let plan = rollout::plan(&overlapping, at(10));
+    assert_eq!((slots(&plan), degraded(&plan)), (vec![], (true, "InvalidSpec")));
+    assert!(plan.status.message.contains("spec.rollout.waves[1].nodeSelector: node a"), "{}", plan.status.message);
+}
+
+#[test]
+fn one_topology_value_is_done_before_the_next() {
+    let zone = |name: &str, zone: &str| labelled(node(name), "zone", zone);
+    let mut zones = fleet([zone("a", "2"), zone("b", "1"), zone("c", "1")]);
+    zones.image.spec.rollout.topology_key = Some("zone".into());
+    zones.image.spec.rollout.max_unavailable = IntOrString::Int(3);
+    let plan = rollout::plan(&zones, at(10));
+    assert_eq!(slots(&plan), ["b", "c"], "both of zone 1, none of zone 2");
+    assert!(plan.holds.iter().any(|h| h.reason == HoldReason::TopologyBusy && h.node.as_deref() == Some("a")));
+}
+
+#[test]
+fn control_plane_nodes_go_one_at_a_time_and_only_while_the_others_are_ready() {
+    let control = |name: &str| labelled(node(name), names::CONTROL_PLANE_LABEL, "");
+    let mut three = fleet([control("a"), control("b"), node("w")]);
+    three.image.spec.rollout.max_unavailable = IntOrString::Int(3);
+    assert_eq!(slots(&rollout::plan(&three, at(10))), ["a", "w"]);
+    // One that this OSImage does not select counts as well.
+    three.nodes.insert("b".into(), NodeView { selected: false, ready: false, node_os: None, ..control("b") });
+    let plan = rollout::plan(&three, at(10));
+    assert_eq!(slots(&plan), ["w"]);
+    assert!(
+        plan.holds.iter().any(|h| h.reason == HoldReason::ControlPlaneBusy && h.message.contains("b is not Ready"))
+    );
+}
+
+#[test]
+fn the_operators_own_node_goes_last() {
+    let mut own = fleet([node("a"), node("b")]);
+    own.operator_node = Some("a".into());
+    assert_eq!(slots(&rollout::plan(&own, at(10))), ["b"]);
+}
+
+// ---- drains that end ----
+
+fn full(node: &str) -> NodeView {
+    let pod = PodFacts { namespace: "n".into(), name: "p".into(), uid: "u".into(), ready: true, ..PodFacts::default() };
+    NodeView { unschedulable: true, pods: Some(vec![pod]), ..self::node(node) }
+}
+
+#[test]
+fn a_drain_that_takes_too_long_gives_the_node_back_and_comes_later() {
+    let overdue = rollout::plan(&in_slot(full("a"), slot("a")), at(600));
+    assert_eq!(overdue.status.slots[0].outcome, Some(SlotOutcome::Cancelled));
+    let deferred = &overdue.status.deferred[0];
+    assert_eq!((deferred.times, deferred.until.0), (1, at(900)));
+    let free = OSImageStatus { slots: vec![], ..overdue.status };
+    let mut later = with_status(fleet([node("a"), node("b")]), free);
+    let plan = rollout::plan(&later, at(700));
+    assert_eq!(slots(&plan), ["b"], "another node is tried");
+    assert!(reasons(&plan).contains(&HoldReason::NodeDeferred));
+    later.nodes.remove("b");
+    assert_eq!(slots(&rollout::plan(&later, at(900))), ["a"], "and this one again after the pause");
+}
+
+#[test]
+fn by_force_what_is_left_is_deleted_and_waited_for_once_more() {
+    let mut forced = in_slot(full("a"), slot("a"));
+    forced.image.spec.drain.on_timeout = OnDrainTimeout::Force;
+    assert!(matches!(&rollout::plan(&forced, at(599)).steps[..], [Step::Evict { .. }]));
+    let late = rollout::plan(&forced, at(600));
+    assert!(matches!(&late.steps[..], [Step::Delete { pods, .. }] if pods.len() == 1), "{:?}", late.steps);
+    assert_eq!(late.status.slots[0].permitted, None, "deleted pods are waited for");
+    forced.nodes.get_mut("a").unwrap().pods.as_mut().unwrap()[0].terminating = true;
+    assert_eq!(rollout::plan(&forced, at(700)).status.slots[0].permitted, None);
+    assert!(rollout::plan(&forced, at(1200)).status.slots[0].permitted.is_some(), "but not for ever");
+}
+
+#[test]
+fn a_volume_that_is_still_attached_is_waited_for() {
+    let attached = vec!["PersistentVolume pv-1".to_owned()];
+    let plan = rollout::plan(&in_slot(NodeView { unschedulable: true, attached, ..node("a") }, slot("a")), at(10));
+    assert_eq!(plan.status.slots[0].permitted, None);
+    assert!(plan.status.message.contains("waits for PersistentVolume pv-1 to be detached"), "{}", plan.status.message);
+}
+
+#[test]
+fn on_a_lone_node_the_operators_own_pod_stays() {
+    let mut lone = in_slot(full("a"), slot("a"));
+    lone.nodes.get_mut("a").unwrap().pods.as_mut().unwrap()[0].ourselves = true;
+    assert!(rollout::plan(&lone, at(10)).status.slots[0].permitted.is_some());
+    lone.refuges = BTreeSet::from(["b".to_owned()]);
+    assert!(matches!(&rollout::plan(&lone, at(10)).steps[..], [Step::Evict { .. }]), "it moves where it can");
+}
+
+#[test]
+fn a_slot_is_freed_after_the_node_was_ready_long_enough() {
+    let ended = Slot { outcome: Some(SlotOutcome::Booted), ended: Some(Time(at(100))), ..slot("a") };
+    let mut released = updated("a");
+    released.node_os.as_mut().unwrap().spec.released = Some(slot("a").attempt);
+    let mut fleet = in_slot(released, ended);
+    fleet.image.spec.rollout.min_ready_seconds = 30;
+    fleet.nodes.insert("b".into(), node("b"));
+    assert_eq!(slots(&rollout::plan(&fleet, at(129))), ["a"]);
+    fleet.nodes.get_mut("a").unwrap().ready = false;
+    assert_eq!(slots(&rollout::plan(&fleet, at(130))), ["a"], "not while it is not Ready");
+    fleet.nodes.get_mut("a").unwrap().ready = true;
+    assert_eq!(rollout::plan(&fleet, at(130)).status.slots.iter().filter(|s| s.node == "a").count(), 0);
+}
+
+#[test]
+fn the_history_tells_how_each_rollout_ended() {
+    let done = rollout::plan(&fleet([updated("a")]), at(10));
+    assert_eq!(done.status.rollout.as_ref().unwrap().finished, Some(Time(at(10))));
+    let mut next = with_status(fleet([updated("a")]), done.status);
+    next.image.spec.image.ostree.commit = commit('3');
+    let plan = rollout::plan(&next, at(50));
+    let past = &plan.status.history[0];
+    assert_eq!((past.result, past.updated, past.ended.0), (RolloutResult::Finished, 1, at(50)));
+    assert_eq!(plan.status.rollout.unwrap().commit, commit('3'));
 }
