@@ -251,7 +251,8 @@ fn children(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-fn descendants(pid: i32) -> Vec<i32> {
+/// Children and their children, as the machine counts.
+pub(crate) fn descendants(pid: i32) -> Vec<i32> {
     let mut found = Vec::new();
     let mut seen = HashSet::new();
     let mut queue = children(pid);

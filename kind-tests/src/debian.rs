@@ -21,7 +21,7 @@ use crate::process::output;
 use crate::repo::{
     BRANCH, Images, OsCommit, OsRepo, SigningKey, commit_tree, init_archive, mark, os_release, put, run_ostree,
 };
-use crate::scratch::remove_tree;
+use crate::scratch::{Unfinished, remove_tree};
 
 const SUITE: &str = "trixie";
 const PACKAGES: &str = "systemd,dbus,ostree,gpg,gpgconf,ca-certificates,e2fsprogs,procps";
@@ -69,6 +69,7 @@ impl DebianOs {
         // We hold the lock: whatever is there is what an interrupted build left.
         let building = cache.join(format!(".{name}.building"));
         remove_tree(&building)?;
+        let _unfinished = Unfinished::new(&building);
         fs::create_dir_all(&building)?;
         let built = build(&building, say);
         if let Err(error) = built {

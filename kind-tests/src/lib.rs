@@ -14,6 +14,7 @@
 //! | [`bed`] | all of it, wired together |
 //! | [`product`] | the chart and the shipped binaries on a bed |
 //! | [`witness`] | remembers the worst it saw |
+//! | [`demo`] | `make demo` |
 //! | [`process`], [`scratch`] | nothing outlives the test |
 
 #![allow(clippy::print_stderr)]
@@ -23,6 +24,7 @@ pub mod bed;
 pub mod cluster;
 pub mod daemon;
 pub mod debian;
+pub mod demo;
 pub mod host;
 pub mod kubelet;
 pub mod pki;

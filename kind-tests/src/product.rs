@@ -88,7 +88,8 @@ impl Product {
         self.bed.start_operator(Container { program: tools::shipped("osimage-operator")?, args: vec![], env })
     }
 
-    async fn start_daemons(&self) -> Result<()> {
+    /// Runs the node daemon on every node.
+    pub async fn start_daemons(&self) -> Result<()> {
         let pods =
             DaemonPods { namespace: NAMESPACE.into(), daemon_set: DAEMON.into(), service_account: DAEMON.into() };
         let program = tools::shipped("osimage-node-daemon")?;

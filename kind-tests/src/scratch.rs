@@ -7,21 +7,26 @@
 //! Only files and folders below the base are ever removed, never across a mount or through a symbolic link.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, Once, OnceLock};
 use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::daemon::descendants;
 use crate::process::{kill_all, lock};
 
 /// Keeps the folders of failed tests for inspection when set.
 const KEEP: &str = "OSIMAGE_TEST_KEEP";
+/// How long the last children are waited for after a signal, before their folders are removed.
+const CHILDREN_END: Duration = Duration::from_secs(3);
 
 /// A folder that is removed when dropped.
 #[derive(Debug)]
@@ -36,18 +41,18 @@ impl Scratch {
         static SWEEP: Once = Once::new();
         handle_signals();
         let base = base();
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(&base)
-            .with_context(|| format!("create {}", base.display()))?;
         SWEEP.call_once(|| sweep(&base));
         let pid = std::process::id();
         let started = start_time(pid).unwrap_or(0);
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = base.join(format!("{pid}-{started}-{n}-{what}"));
-        fs::create_dir(&path).with_context(|| format!("create {}", path.display()))?;
-        lock(live()).push(path.clone());
+        // Under the lock, so that the clean-up after a signal knows of it, or we of the signal.
+        let mut live = lock(live());
+        if interrupted() {
+            bail!("interrupted");
+        }
+        make(&base, &path).with_context(|| format!("create {}", path.display()))?;
+        live.push(path.clone());
         Ok(Self { path })
     }
 
@@ -59,15 +64,75 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        lock(live()).retain(|path| path != &self.path);
         if std::env::var_os(KEEP).is_some() && thread::panicking() {
-            eprintln!("kept {}", self.path.display());
-            return;
+            say(&format!("kept {}", self.path.display()));
+        } else if let Err(error) = remove_tree(&self.path) {
+            say(&format!("could not remove {}: {error}", self.path.display()));
         }
-        if let Err(error) = remove_tree(&self.path) {
-            eprintln!("could not remove {}: {error}", self.path.display());
+        // Only now: a signal in the middle of the removal finishes it.
+        lock(live()).retain(|path| path != &self.path);
+        // Works when it is empty.
+        let _ = fs::remove_dir(base());
+    }
+}
+
+/// Something half-made elsewhere: removed on a signal, left alone on drop.
+pub(crate) struct Unfinished {
+    path: PathBuf,
+}
+
+impl Unfinished {
+    /// Begins to watch over `path`, which need not exist.
+    pub(crate) fn new(path: &Path) -> Self {
+        handle_signals();
+        lock(live()).push(path.to_owned());
+        Self { path: path.to_owned() }
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        lock(live()).retain(|path| path != &self.path);
+    }
+}
+
+/// Whether a signal has come and everything is being removed.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Never returns when a signal has come: its clean-up ends the process.
+pub fn leave_to_signal() {
+    while interrupted() {
+        thread::park();
+    }
+}
+
+/// Folders of this process that are still there.
+pub fn ours() -> Vec<PathBuf> {
+    let prefix = format!("{}-{}-", std::process::id(), start_time(std::process::id()).unwrap_or(0));
+    let entries = fs::read_dir(base()).into_iter().flatten().flatten();
+    entries.filter(|e| e.file_name().to_string_lossy().starts_with(&prefix)).map(|e| e.path()).collect()
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Two levels; another process may remove the upper one, when it is empty, at any moment.
+fn make(base: &Path, path: &Path) -> io::Result<()> {
+    const ATTEMPTS: u32 = 50;
+    for _ in 0..ATTEMPTS {
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(base)?;
+        match fs::create_dir(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => return other,
         }
     }
+    fs::create_dir(path)
+}
+
+/// A terminal that hung up takes no message, and that is no reason to stop cleaning.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// Removes a folder, also when OSTree made deployments in it immutable.
@@ -137,7 +202,7 @@ fn sweep(base: &Path) {
         if start_time(pid) != Some(started)
             && let Err(error) = remove_tree(&entry.path())
         {
-            eprintln!("could not remove the stale {}: {error}", entry.path().display());
+            say(&format!("could not remove the stale {}: {error}", entry.path().display()));
         }
     }
 }
@@ -171,17 +236,53 @@ fn handle_signals() {
                 }
             });
             if let Some(code) = code {
-                eprintln!("interrupted: cleaning up");
-                kill_all();
-                for path in lock(live()).drain(..) {
-                    let _ = remove_tree(&path);
-                }
-                // A process started while we were killing would die with us (parent-death signal).
+                INTERRUPTED.store(true, Ordering::SeqCst);
+                // The terminal has written ^C there.
+                let lead = if io::stderr().is_terminal() { "\n" } else { "" };
+                say(&format!("{lead}interrupted: cleaning up"));
+                clean_up();
                 std::process::exit(code);
             }
         });
         let _ = wait.recv();
     });
+}
+
+fn clean_up() {
+    kill_all();
+    kill_the_rest();
+    let paths = std::mem::take(&mut *lock(live()));
+    // Twice: another thread of ours may have been making a file. No folder is made any more.
+    for _ in 0..2 {
+        for path in &paths {
+            if let Err(error) = remove_tree(path) {
+                say(&format!("could not remove {}: {error}", path.display()));
+            }
+        }
+    }
+    let _ = fs::remove_dir(base());
+}
+
+/// Children that were started to be waited for at once (ostree, kubectl, mmdebstrap…), and what they started.
+fn kill_the_rest() {
+    let begin = Instant::now();
+    let Ok(us) = i32::try_from(std::process::id()) else { return };
+    loop {
+        let alive: Vec<i32> = descendants(us).into_iter().filter(|pid| !is_zombie(*pid)).collect();
+        if alive.is_empty() || begin.elapsed() > CHILDREN_END {
+            return;
+        }
+        for pid in alive.into_iter().filter_map(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+pub(crate) fn is_zombie(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Gone, or waiting to be collected.
+    stat.rsplit_once(')').is_none_or(|(_, rest)| matches!(rest.trim_start().chars().next(), None | Some('Z' | 'X')))
 }
 
 #[cfg(test)]

@@ -616,7 +616,7 @@ async fn nothing_outlives_an_interrupt_or_a_kill() {
             left => bail!("{left:#?}"),
         }
     };
-    let folders = || fs::read_dir(here.join("osimage-testbed")).unwrap().count();
+    let folders = || fs::read_dir(here.join("osimage-testbed")).map_or(0, Iterator::count);
 
     let mut child = begin();
     rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT).unwrap();

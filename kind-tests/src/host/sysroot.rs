@@ -152,6 +152,10 @@ fn copy_dir(from: &Path, to: &Path, relative: &Path, share: &dyn Fn(&Path) -> bo
     fs::create_dir(to)?;
     for entry in fs::read_dir(from)? {
         let entry = entry?;
+        // What we make is being removed.
+        if crate::scratch::interrupted() {
+            return Err(io::Error::other("interrupted"));
+        }
         let (source, target, path) = (entry.path(), to.join(entry.file_name()), relative.join(entry.file_name()));
         let kind = entry.file_type()?;
         if kind.is_dir() {
