@@ -14,6 +14,8 @@ pub enum ConditionType {
     Progressing,
     /// True when something needs a person.
     Degraded,
+    /// True while a maintenance window is open that is long enough for a node; absent without windows (OSImage only).
+    WindowOpen,
     /// True while `rollout.paused` stops new starts (OSImage only).
     Paused,
 }
@@ -25,6 +27,7 @@ impl ConditionType {
             ConditionType::Ready => "Ready",
             ConditionType::Progressing => "Progressing",
             ConditionType::Degraded => "Degraded",
+            ConditionType::WindowOpen => "WindowOpen",
             ConditionType::Paused => "Paused",
         }
     }

@@ -11,7 +11,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use crate::{AttemptId, Commit, Conditions, Period, nodeos::Outcome};
+use crate::{AttemptId, Commit, Conditions, Period, nodeos::Outcome, window::Window};
 
 /// OSImage names one OSTree commit and the nodes that shall run it. The operator brings them there one
 /// disruption budget at a time, and stops by itself when a node comes back on its old system.
@@ -155,6 +155,10 @@ pub struct Rollout {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub waves: Vec<Wave>,
+    /// When nodes may be started; always when there are none. Nodes in flight finish.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub windows: Vec<Window>,
 }
 
 /// A group of nodes, chosen by their labels or by number.
@@ -205,6 +209,7 @@ impl Default for Rollout {
             min_ready_seconds: 0,
             topology_key: None,
             waves: vec![],
+            windows: vec![],
         }
     }
 }

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use osimage_crds::{
-    ConditionType, OSImageStatus,
+    ConditionType, Conditions, OSImageStatus,
     condition::{self, Verdict, bounded},
     osimage::{Blocker, Counts, Phase, SlotOutcome, whole_seconds},
 };
 
 use crate::{
     fleet::{Fleet, NodeView},
+    gate,
     plan::{Hold, HoldReason},
 };
 
@@ -181,9 +182,23 @@ fn set_conditions(
     );
     condition::set(conditions, ConditionType::Progressing, Verdict { holds: moving, reason, message }, generation, now);
     condition::set(conditions, ConditionType::Degraded, degraded, generation, now);
+    set_window(fleet, conditions, now);
     let verdict =
         Verdict { holds: paused, reason: if paused { "PausedBySpec" } else { "NotPaused" }, message: String::new() };
     condition::set(conditions, ConditionType::Paused, verdict, generation, now);
+}
+
+/// Says whether nodes may be started by the clock.
+fn set_window(fleet: &Fleet, conditions: &mut Conditions, now: Timestamp) {
+    if fleet.image.spec.rollout.windows.is_empty() {
+        conditions.retain(|c| c.type_ != ConditionType::WindowOpen.as_str());
+        return;
+    }
+    let verdict = match gate::window::check(fleet, now) {
+        None => Verdict { holds: true, reason: "Open", message: String::new() },
+        Some((hold, _)) => Verdict { holds: false, reason: hold.reason.as_str(), message: hold.message },
+    };
+    condition::set(conditions, ConditionType::WindowOpen, verdict, fleet.image.metadata.generation, now);
 }
 
 /// Whether waiting alone will not help, as far as is known.

@@ -19,6 +19,7 @@ use osimage_crds::{
         Approval, Drain, Failure, Health, Image, OSTreeImage, OnDrainTimeout, Phase, Reboot, Rollout, RolloutResult,
         Slot, SlotOutcome, Verification, Wave,
     },
+    window::Window,
 };
 use osimage_planner::{
     Fleet, HoldReason, NodeView, Plan, Step,
@@ -567,4 +568,48 @@ fn the_history_tells_how_each_rollout_ended() {
     let past = &plan.status.history[0];
     assert_eq!((past.result, past.updated, past.ended.0), (RolloutResult::Finished, 1, at(50)));
     assert_eq!(plan.status.rollout.unwrap().commit, commit('3'));
+}
+
+// ---- windows ----
+
+fn window(schedule: &str, duration: u64) -> Window {
+    Window { schedule: schedule.into(), duration: Period::seconds(duration), time_zone: "UTC".into() }
+}
+
+#[test]
+fn a_node_is_started_only_when_its_worst_case_ends_inside_the_window() {
+    let mut windowed = fleet([node("a")]);
+    windowed.image.spec.rollout.windows = vec![window("0 2 * * *", 3600)]; // 02:00 to 03:00; the worst case is 12 minutes
+    let hour = 3600;
+    for (second, begins) in [(hour, false), (2 * hour, true), (3 * hour - 720, true), (3 * hour - 719, false)] {
+        let plan = rollout::plan(&windowed, at(second));
+        assert_eq!(slots(&plan).len(), usize::from(begins), "at {second}");
+        let open = condition::find(&plan.status.conditions, ConditionType::WindowOpen).unwrap();
+        assert_eq!(open.status == "True", begins, "at {second}");
+    }
+    let closed = rollout::plan(&windowed, at(hour));
+    assert_eq!((closed.status.phase, closed.wake), (Some(Phase::Waiting), Some(std::time::Duration::from_secs(3600))));
+    assert!(closed.status.message.contains("1970-01-01T02:00:00Z"), "{}", closed.status.message);
+    // In flight it finishes.
+    let mut flying = in_slot(NodeView { unschedulable: true, ..node("a") }, slot("a"));
+    flying.image.spec.rollout.windows = windowed.image.spec.rollout.windows.clone();
+    assert!(rollout::plan(&flying, at(100)).status.slots[0].permitted.is_some());
+}
+
+#[test]
+fn windows_that_cannot_be_understood_or_never_suffice_are_an_invalid_spec() {
+    for (windows, said) in [
+        (vec![window("0 2 30 2 *", 3600)], "spec.rollout.windows[0].schedule"),
+        (vec![window("0 2 * * *", 600)], "no window is longer than 600 s"),
+        (
+            vec![Window { time_zone: "Mars/Olympus".into(), ..window("0 2 * * *", 3600) }],
+            "spec.rollout.windows[0].timeZone",
+        ),
+    ] {
+        let mut bad = fleet([node("a")]);
+        bad.image.spec.rollout.windows = windows;
+        let plan = rollout::plan(&bad, at(2 * 3600));
+        assert_eq!((slots(&plan), degraded(&plan)), (vec![], (true, "InvalidSpec")), "{said}");
+        assert!(plan.status.message.contains(said), "{said}: {}", plan.status.message);
+    }
 }

@@ -11,6 +11,7 @@ pub mod budget;
 pub mod control_plane;
 pub mod topology;
 pub mod wave;
+pub mod window;
 
 /// Nodes that cannot take work now, or soon will not.
 #[derive(Clone, Debug, Default)]

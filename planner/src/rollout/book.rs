@@ -138,6 +138,10 @@ impl Draft<'_> {
         }
     }
 
+    pub(super) fn all_done(&self, members: &gate::wave::Membership<'_>) -> bool {
+        members.keys().all(|name| self.is_updated(name))
+    }
+
     fn is_updated(&self, node: &str) -> bool {
         let there = self.fleet.nodes.get(node).is_some_and(|n| n.booted() == Some(self.fleet.commit()));
         let slot = self.book.slots.iter().find(|s| s.node == node);

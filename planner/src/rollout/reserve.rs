@@ -112,6 +112,16 @@ impl<'a> Draft<'a> {
         if let Some(hold) = self.halted() {
             return self.holds.push(hold);
         }
+        if let Some((hold, opens)) = gate::window::check(fleet, self.now) {
+            if let Some(opens) = opens {
+                self.due(opens);
+            }
+            // Where all is done, a closed window holds nothing.
+            if !self.all_done(&members) || hold.reason == HoldReason::InvalidSpec {
+                self.holds.push(hold);
+            }
+            return;
+        }
         let statuses = self.book.rollout.iter().flat_map(|r| r.waves.clone()).collect::<Vec<_>>();
         let closed = gate::wave::closed(fleet, &statuses, self.now);
         let waiting = closed.as_ref().is_some_and(|c| members.values().any(|w| *w >= c.from));
