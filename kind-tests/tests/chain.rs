@@ -391,6 +391,157 @@ async fn a_deleted_osimage_leaves_nodes_as_they_were() {
     explain(&product, run.await).await;
 }
 
+// ---- waves, zones, windows ----
+
+/// What a watch of nodes saw of cordons: the order, the pauses, and nodes of two zones at once.
+#[derive(Default)]
+struct Cordons {
+    down: std::collections::BTreeMap<String, String>,
+    order: Vec<String>,
+    canary_back: Option<std::time::Instant>,
+    pause: Option<Duration>,
+    two_zones: Option<String>,
+}
+
+impl Cordons {
+    fn see(&mut self, node: &Node) {
+        let (name, zone) = (node.name_any(), node.labels().get("zone").cloned().unwrap_or_default());
+        if node.spec.as_ref().and_then(|s| s.unschedulable) != Some(true) {
+            if self.down.remove(&name).is_some() && self.order == [name] {
+                self.canary_back = Some(std::time::Instant::now());
+            }
+            return;
+        }
+        if self.down.insert(name.clone(), zone).is_none() {
+            self.order.push(name);
+            if self.order.len() == 2 {
+                self.pause = self.canary_back.map(|back| back.elapsed());
+            }
+        }
+        let zones: std::collections::BTreeSet<&String> = self.down.values().collect();
+        if zones.len() > 1 {
+            self.two_zones = Some(format!("{:?}", self.down));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waves_and_zones_hold_with_an_operator_that_dies_all_the_time() {
+    let Some((product, _bed)) = product(6).await else { return };
+    let run = async {
+        for (index, node) in product.bed.nodes.iter().enumerate() {
+            product.kubectl(&["label", "node", &node.name, &format!("zone=z{}", index % 2)]).await?;
+        }
+        let (mut seen, watch) = announce(&product.bed.client());
+        let cordons = std::sync::Arc::new(std::sync::Mutex::new(Cordons::default()));
+        let notes = std::sync::Arc::clone(&cordons);
+        let follow = tokio::spawn(async move {
+            loop {
+                match seen.recv().await {
+                    Ok(Seen::Node(node)) => notes.lock().unwrap().see(&node),
+                    Ok(_) => {}
+                    Err(error) => return error,
+                }
+            }
+        });
+        let witness = Witness::start(&product.bed);
+        let v2 = product.images.v2.clone();
+        product
+            .apply(&v2, |o| {
+                o["spec"]["rollout"] = json!({
+                    "maxUnavailable": 2,
+                    "topologyKey": "zone",
+                    "minReadySeconds": 1,
+                    "waves": [{"name": "canary", "size": 1, "soak": "5s"}],
+                    // Open all the time, so that the rules of the window are asked and let everything through.
+                    "windows": [{"schedule": "* * * * *", "duration": "1h"}],
+                });
+                o["spec"]["drain"] = json!({"timeout": "60s"});
+            })
+            .await?;
+        let operator = product.bed.operator(0)?;
+        let kills = async {
+            loop {
+                tokio::time::sleep(Duration::from_secs(4)).await;
+                operator.restart().unwrap();
+            }
+        };
+        tokio::select! {
+            done = product.wait_updated(&v2, LONG) => done?,
+            () = kills => {}
+        }
+        watch.abort();
+        follow.await?;
+        let cordons = cordons.lock().unwrap();
+        assert_eq!(cordons.two_zones, None, "never two zones at once");
+        assert!(witness.worst().len() <= 2, "{:?}", witness.worst());
+        assert_eq!(cordons.order.len(), 6, "each node was taken once: {:?}", cordons.order);
+        assert_eq!(cordons.order[0], "node-1", "the canary goes first");
+        assert!(cordons.pause >= Some(Duration::from_secs(4)), "it soaked: {:?}", cordons.pause);
+        let status = product.osimage().await?.status.unwrap_or_default();
+        let rollout = status.rollout.expect("the rollout is told");
+        assert!(rollout.finished.is_some() && rollout.waves[0].completed.is_some());
+        assert!(condition::is_true(&status.conditions, ConditionType::WindowOpen));
+        assert_eq!(status.failures, []);
+        Ok(())
+    };
+    explain(&product, run.await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_that_does_not_end_gives_the_node_back() {
+    let Some((product, _bed)) = product(1).await else { return };
+    let run = async {
+        // One pod that takes its time: its budget lets it go, but it does not stop.
+        product.bed.plane.apply_yaml(SLOW_POD).await?;
+        product
+            .bed
+            .until("the slow pod to run", MINUTE, || async {
+                let phase = product
+                    .kubectl(&["get", "pods", "-l", "app=slow", "-o", "jsonpath={.items[*].status.phase}"])
+                    .await?;
+                if phase != "Running" {
+                    bail!("{phase}")
+                }
+                Ok(())
+            })
+            .await?;
+        let v2 = product.images.v2.clone();
+        product.apply(&v2, |o| o["spec"]["drain"] = json!({"timeout": "3s"})).await?;
+        let deferred = product
+            .bed
+            .until("the node to be given back", LONG, || async {
+                let status = product.osimage().await?.status.unwrap_or_default();
+                match status.deferred.first() {
+                    Some(deferred) if status.slots.is_empty() => Ok(deferred.clone()),
+                    other => bail!("{other:?}, slots {:?}", status.slots),
+                }
+            })
+            .await?;
+        assert_eq!((deferred.node.as_str(), deferred.times), ("node-1", 1));
+        product.nothing_left().await?;
+        assert_eq!(product.bed.nodes[0].host.booted_commit()?, product.images.v1.checksum);
+        Ok(())
+    };
+    explain(&product, run.await).await;
+}
+
+const SLOW_POD: &str = r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: slow, namespace: default}
+spec:
+  replicas: 1
+  selector: {matchLabels: {app: slow}}
+  template:
+    metadata:
+      labels: {app: slow}
+      annotations: {testbed.osimage.dev/terminates-after: "600"}
+    spec:
+      terminationGracePeriodSeconds: 600
+      containers: [{name: slow, image: slow}]
+"#;
+
 // ---- who dies when ----
 
 /// Who is killed.
@@ -620,7 +771,7 @@ async fn bad_input_is_refused_at_admission_with_the_field_and_the_fix() {
     let Some((product, _bed)) = product(1).await else { return };
     let v2 = product.images.v2.clone();
     type Edit = fn(&mut serde_json::Value);
-    let rows: [(&str, Edit, &str); 16] = [
+    let rows: [(&str, Edit, &str); 19] = [
         ("short commit", |o| o["spec"]["image"]["ostree"]["commit"] = json!("abc"), "spec.image.ostree.commit"),
         (
             "upper case",
@@ -647,6 +798,24 @@ async fn bad_input_is_refused_at_admission_with_the_field_and_the_fix() {
             "password",
             |o| o["spec"]["image"]["ostree"]["url"] = json!("https://me:secret@example.org/repo"),
             "must not hold a user or password",
+        ),
+        (
+            "window",
+            |o| o["spec"]["rollout"] = json!({"windows": [{"schedule": "60 2 * * *", "duration": "1h"}]}),
+            "field 1 of schedule (minute)",
+        ),
+        (
+            "time zone",
+            |o| {
+                o["spec"]["rollout"] =
+                    json!({"windows": [{"schedule": "0 2 * * *", "duration": "1h", "timeZone": "Mars/Olympus"}]})
+            },
+            "timeZone must be a name of the IANA",
+        ),
+        (
+            "wave",
+            |o| o["spec"]["rollout"] = json!({"waves": [{"name": "a", "size": 1, "nodeSelector": {}}]}),
+            "exactly one of nodeSelector and size",
         ),
         ("duration twice", |o| o["spec"]["reboot"]["timeout"] = json!("30m1h"), "must be a duration like 90s"),
         ("url", |o| o["spec"]["image"]["ostree"]["url"] = json!("ftp://x"), "http://, https:// or file://"),
