@@ -67,7 +67,10 @@ async fn main() -> Result<()> {
         }
         println!(
             "  worker {:6.2} s {:5.1} MiB    ostree pull {:6.2} s {:5.1} MiB    ratio {:.3}",
-            worker.wall.as_secs_f64(), mib(worker.peak_kib), ostree.wall.as_secs_f64(), mib(ostree.peak_kib),
+            worker.wall.as_secs_f64(),
+            mib(worker.peak_kib),
+            ostree.wall.as_secs_f64(),
+            mib(ostree.peak_kib),
             worker.wall.as_secs_f64() / ostree.wall.as_secs_f64(),
         );
         ours.push(worker);
@@ -75,7 +78,10 @@ async fn main() -> Result<()> {
     }
     let ratio = median(ours.iter().zip(&theirs).map(|(a, b)| a.wall.as_secs_f64() / b.wall.as_secs_f64()).collect());
     let peak = ours.iter().map(|r| r.peak_kib).max().unwrap_or(0);
-    println!("median ratio of wall times {ratio:.3} (wanted: at most 1.15); worker's peak memory {:.1} MiB (wanted: under 64)", mib(peak));
+    println!(
+        "median ratio of wall times {ratio:.3} (wanted: at most 1.15); worker's peak memory {:.1} MiB (wanted: under 64)",
+        mib(peak)
+    );
     Ok(())
 }
 
