@@ -36,8 +36,8 @@ use crate::{
     printcolumn(name = "Booted", type_ = "string", priority = 1, json_path = ".status.booted.commit"),
     printcolumn(name = "Target", type_ = "string", priority = 1, json_path = ".spec.image.ostree.commit"),
     printcolumn(name = "Progress", type_ = "string", json_path = ".status.pull.progress"),
-    printcolumn(name = "Message", type_ = "string", json_path = ".status.message"),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.message")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct NodeOSSpec {

@@ -31,8 +31,8 @@ use crate::{AttemptId, Commit, Conditions, Period, nodeos::Outcome, window::Wind
     printcolumn(name = "Failed", type_ = "integer", json_path = ".status.counts.failed"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Commit", type_ = "string", priority = 1, json_path = ".spec.image.ostree.commit"),
-    printcolumn(name = "Message", type_ = "string", json_path = ".status.message"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.message"),
     validation = Rule::new("self.metadata.name.size() <= 63").message("metadata.name must not be longer than 63 characters: it is used as a label value")
 )]
 #[serde(rename_all = "camelCase")]
