@@ -51,7 +51,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let (wake, wakes) = mpsc::unbounded_channel();
     let gone = metrics.clone();
     let (stores, following) = Stores::new(&client, wake.clone(), move |image| gone.forget(image));
-    tokio::spawn(following);
+    let following = tokio::spawn(following);
     let (lead, leading) = watch::channel(!args.leader_elect);
     let seen = stores.clone();
     let serving = admin::serve(&args.metrics_address, registry, move || seen.is_ready());
@@ -77,6 +77,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         served = serving => served.with_context(|| format!("cannot serve on {}", args.metrics_address)),
         () = follow_lead(leading, metrics, wake) => Ok(()),
         () = control(ctx, stores, wakes) => Ok(()),
+        // Stores that nobody fills would be decided on for ever.
+        ended = following => Err(anyhow::anyhow!("the watches have ended: {ended:?}")),
     };
     // Only now: whoever gets the lease next must not meet a pass of ours.
     drop(controller_ended);
