@@ -8,6 +8,8 @@ use osimage_crds::{
 };
 use osimage_planner::host::{GuardResult, HostDeployment, HostPlan, HostState, HostStep, Record, Stage, Wanted, plan};
 
+use crate::mutant::Mutant;
+
 /// What survives on the host, and what the running daemon remembers.
 pub struct Host {
     pub name: String,
@@ -198,16 +200,21 @@ impl Host {
         }
     }
 
-    pub fn decide(&mut self, now: u64, healthy: bool) -> (HostState, HostPlan) {
+    pub fn decide(&mut self, now: u64, healthy: bool, broken: Option<Mutant>) -> (HostState, HostPlan) {
         let state = self.observe(now, healthy);
-        let plan = plan(
-            &state,
-            match &self.spec {
-                Memory::Unknown => Wanted::Unknown,
-                Memory::Nothing => Wanted::Nothing,
-                Memory::Spec(_, spec) => Wanted::Spec(spec),
-            },
-        );
+        let wanted = match &self.spec {
+            Memory::Unknown => Wanted::Unknown,
+            Memory::Nothing => Wanted::Nothing,
+            Memory::Spec(_, spec) => Wanted::Spec(spec),
+        };
+        let plan = match (broken, wanted) {
+            (Some(mutant), Wanted::Spec(spec)) => {
+                let mut spec = spec.clone();
+                mutant.deceive(&mut spec, &state.boot_id);
+                plan(&state, Wanted::Spec(&spec))
+            }
+            (_, wanted) => plan(&state, wanted),
+        };
         (state, plan)
     }
 

@@ -7,8 +7,10 @@
 
 mod api;
 mod host;
+mod mutant;
 mod world;
 
+use mutant::Mutant;
 use world::{Faults, World};
 
 fn seeds() -> std::ops::Range<u64> {
@@ -29,6 +31,21 @@ fn run(name: &str, faults: fn(u64) -> Faults) {
         runs += 1;
     }
     println!("{name}: {steps} steps, {runs} seeds, 0 violations");
+}
+
+/// Every kind of fault.
+fn everything(seed: u64) -> Faults {
+    Faults {
+        operators: 1 + seed as usize % 2,
+        crashes: true,
+        stale: true,
+        lost_writes: true,
+        boot_faults: true,
+        partitions: true,
+        edits: true,
+        bad_commit: seed % 4 == 0,
+        broken: None,
+    }
 }
 
 #[test]
@@ -58,14 +75,30 @@ fn hosts_that_fall_back_hang_or_fall_silent_break_nothing() {
 
 #[test]
 fn everything_at_once_breaks_nothing() {
-    run("everything", |seed| Faults {
-        operators: 1 + seed as usize % 2,
-        crashes: true,
-        stale: true,
-        lost_writes: true,
-        boot_faults: true,
-        partitions: true,
-        edits: true,
-        bad_commit: seed % 4 == 0,
-    });
+    run("everything", everything);
+}
+
+/// The first seed in which a broken rule violates this invariant.
+fn found(broken: Mutant, invariant: &str) -> Option<(u64, String)> {
+    const BUDGET: u64 = 300;
+    (1..=BUDGET).find_map(|seed| {
+        let mut world = World::new(seed, Faults { broken: Some(broken), ..everything(seed) });
+        let violation = world.run().err().filter(|v| v.starts_with(invariant))?;
+        Some((seed, violation.lines().next().unwrap_or_default().to_owned()))
+    })
+}
+
+#[test]
+fn rules_broken_on_purpose_are_found_and_named() {
+    for (broken, invariant) in [
+        (Mutant::BudgetForgetsOthers, "budget: "),
+        (Mutant::BudgetOffByOne, "budget: "),
+        (Mutant::PermitForAnyBoot, "permit: "),
+        (Mutant::EveryCordonIsOurs, "cordon: "),
+        (Mutant::NoTopology, "topology: "),
+        (Mutant::NoSoak, "waves: "),
+    ] {
+        let (seed, line) = found(broken, invariant).unwrap_or_else(|| panic!("{broken:?} was not found"));
+        println!("{broken:?}: found by seed {seed}: {line}");
+    }
 }

@@ -17,7 +17,7 @@ use osimage_crds::{
     },
 };
 use osimage_planner::{
-    Fleet, Plan, Step,
+    Fleet, NodeView, Plan, Step,
     fleet::{BudgetFacts, PodFacts},
     host::{HostStep, Record},
     plan::Change,
@@ -27,6 +27,7 @@ use osimage_planner::{
 use crate::{
     api::{Api, Conflict, Node, ZONE},
     host::{Boot, Host},
+    mutant::Mutant,
 };
 
 /// Which faults there are, before they end and the fleet must converge.
@@ -40,6 +41,8 @@ pub struct Faults {
     pub partitions: bool,
     pub edits: bool,
     pub bad_commit: bool,
+    /// A rule that is broken on purpose.
+    pub broken: Option<Mutant>,
 }
 
 impl Faults {
@@ -53,6 +56,7 @@ impl Faults {
             partitions: false,
             edits: false,
             bad_commit: false,
+            broken: None,
         }
     }
 }
@@ -60,6 +64,9 @@ impl Faults {
 /// Seconds with faults, then seconds that the fleet has to converge.
 const FAULTY: u64 = 250;
 const CALM: u64 = 8000;
+
+/// Seconds that a wave soaks.
+const SOAK: u64 = 5;
 
 enum Op {
     Status(Option<String>, Box<OSImageStatus>),
@@ -129,7 +136,7 @@ fn vary(spec: &mut OSImageSpec, rng: &mut Rng) {
             name: name.into(),
             node_selector: None,
             size: Some(IntOrString::Int(size)),
-            soak: Period::seconds(5),
+            soak: Period::seconds(SOAK),
             approval: Approval::Automatic,
         };
         spec.rollout.waves = vec![wave("canary", 1), wave("early", 2)];
@@ -208,7 +215,10 @@ impl World {
             }
         }
         let status = self.api.now.image.status.as_ref().map(|s| (&s.phase, &s.message, &s.slots, &s.failures));
-        Err(format!("did not converge: {status:?}\nnodes {:#?}\n{:#?}", self.api.now.nodes, self.api.now.node_oses))
+        Err(format!(
+            "liveness: did not converge: {status:?}\nnodes {:#?}\n{:#?}",
+            self.api.now.nodes, self.api.now.node_oses
+        ))
     }
 
     fn second(&mut self) -> Result<(), String> {
@@ -387,7 +397,7 @@ impl World {
             }
         }
         let healthy = *host.booted() != commit(BAD) && !flap;
-        let (state, plan) = host.decide(now, healthy);
+        let (state, plan) = host.decide(now, healthy, self.faults.broken);
         if let Some(status) = host.report(&state, &plan).filter(|_| connected) {
             self.api.write_node_status(name, status);
         }
@@ -418,14 +428,18 @@ impl World {
         let status = self.api.now.image.status.clone().unwrap_or_default();
         let slot = status.slots.iter().find(|s| s.node == name && s.attempt == *attempt);
         match slot {
+            Some(slot) if slot.boot_id != self.hosts[name].boot_id() => {
+                Err(format!("permit: {name} does {} for {attempt} on another boot than that of its slot", short(step)))
+            }
             Some(slot) if slot.permitted.is_some() && slot.outcome.is_none() => Ok(()),
-            slot => Err(format!("{name} does {} for {attempt} with slot {slot:?}", short(step))),
+            slot => Err(format!("permit: {name} does {} for {attempt} with slot {slot:?}", short(step))),
         }
     }
 
     // ---- operators ------------------------------------------------------------------------------------
 
-    fn observe(&mut self, at: usize) -> Fleet {
+    /// What an operator plans on; and the truth beside it, where a rule is broken on purpose.
+    fn observe(&mut self, at: usize) -> (Fleet, Option<Fleet>) {
         let back = if self.chance(self.faults.stale, 50) { self.rng.usize(0..20) } else { 0 };
         let cached = if back == 0 { self.api.now.clone() } else { self.api.cached(back).clone() };
         let names: BTreeSet<&String> = cached.nodes.keys().chain(cached.node_oses.keys()).collect();
@@ -443,13 +457,18 @@ impl World {
             refusals: self.operators[at].refusals.clone(),
         };
         fleet.image.metadata.finalizers = Some(vec![names::FINALIZER.into()]);
+        let truth = self.faults.broken.map(|mutant| {
+            let truth = fleet.clone();
+            mutant.blind(&mut fleet);
+            truth
+        });
         for name in rollout::inspect(&fleet, self.timestamp()) {
             let allowed = if self.faulty() { self.rng.i32(0..2) } else { 1 };
             let mut pods = self.api.now.nodes[&name].pods.clone();
             pods.iter_mut().flat_map(|p| &mut p.budgets).for_each(|b| b.allowed = allowed);
             fleet.nodes.get_mut(&name).unwrap().pods = Some(pods);
         }
-        fleet
+        (fleet, truth)
     }
 
     fn timestamp(&self) -> Timestamp {
@@ -463,8 +482,9 @@ impl World {
             return Ok(());
         }
         let Some(op) = self.operators[at].queue.pop_front() else {
-            let fleet = self.observe(at);
+            let (fleet, truth) = self.observe(at);
             let Plan { status, steps, holds: _, wake: _ } = rollout::plan(&fleet, self.timestamp());
+            may_start(truth.as_ref().unwrap_or(&fleet), &status, self.now)?;
             let changed = Some(&status) != fleet.image.status.as_ref();
             let write = changed.then(|| Op::Status(fleet.image.metadata.resource_version.clone(), Box::new(status)));
             self.operators[at].queue = write.into_iter().chain(steps.into_iter().map(Op::Do)).collect();
@@ -580,20 +600,20 @@ impl World {
             if let Some(record) = trial.filter(|_| host.up)
                 && !host.deployments.iter().any(|d| d.commit == record.previous)
             {
-                return Err(format!("{name}: the previous deployment is gone during {}", record.attempt));
+                return Err(format!("way back: {name}: the previous deployment is gone during {}", record.attempt));
             }
             if self.user_cordons.contains(name) && !node.unschedulable {
-                return Err(format!("{name}: we uncordoned what a person cordoned"));
+                return Err(format!("cordon: {name}: we uncordoned what a person cordoned"));
             }
         }
         if self.api.now.image.spec.rollout.topology_key.is_some() {
             let zones: BTreeSet<&str> = disrupted.iter().map(|n| self.api.now.nodes[*n].zone.as_str()).collect();
             if zones.len() > 1 {
-                return Err(format!("{disrupted:?} are disrupted by us in two zones"));
+                return Err(format!("topology: {disrupted:?} are disrupted by us in two zones"));
             }
         }
         match disrupted.len() > max as usize {
-            true => Err(format!("{disrupted:?} are disrupted by us, but only {max} may be")),
+            true => Err(format!("budget: {disrupted:?} are disrupted by us, but only {max} may be")),
             false => Ok(()),
         }
     }
@@ -608,40 +628,23 @@ impl World {
             if before.slots.iter().any(|s| s.attempt == slot.attempt) {
                 continue;
             }
-            self.wave_has_begun(status, &slot.node)?;
             if status.rejected.iter().any(|r| r.commit == slot.commit) {
-                return Err(format!("slot {} for the rejected commit {:?}", slot.attempt, slot.commit));
+                return Err(format!("rejected: slot {} for the rejected commit {:?}", slot.attempt, slot.commit));
             }
             if status.failures.iter().any(|f| f.commit == slot.commit && f.node == slot.node) {
-                return Err(format!("slot {} for node {} that failed on {:?}", slot.attempt, slot.node, slot.commit));
+                return Err(format!(
+                    "rejected: slot {} for node {} that failed on {:?}",
+                    slot.attempt, slot.node, slot.commit
+                ));
             }
         }
         Ok(())
     }
 
-    /// No node of a later wave is begun before the earlier ones were complete, for this commit, and had soaked.
-    fn wave_has_begun(&self, status: &OSImageStatus, node: &str) -> Result<(), String> {
-        let spec = &self.api.now.image.spec;
-        let Some(rollout) = status.rollout.as_ref().filter(|r| r.commit == spec.image.ostree.commit) else {
-            return Ok(());
-        };
-        let open = |w: &osimage_crds::osimage::WaveStatus| {
-            w.completed.as_ref().is_some_and(|at| at.0.as_second() + 5 <= self.now as i64)
-        };
-        let begun = rollout.waves.iter().take_while(|w| open(w)).count();
-        let may: i32 = rollout.waves.iter().take(begun + 1).map(|w| w.nodes).sum();
-        let selected = |n: &str| self.api.now.nodes[n].selected;
-        let busy = status.slots.iter().filter(|s| s.outcome.is_none() && selected(&s.node)).count() as i32;
-        match begun < rollout.waves.len() && busy > may {
-            true => Err(format!("{node} is begun with {busy} slots, but waves {:?} allow {may}", rollout.waves)),
-            false => Ok(()),
-        }
-    }
-
     fn is_drained(&self, node: &str) -> Result<(), String> {
         match self.api.now.nodes[node].pods.is_empty() {
             true => Ok(()),
-            false => Err(format!("{node} got a permit with pods on it: {:?}", self.api.now.nodes[node].pods)),
+            false => Err(format!("drain: {node} got a permit with pods on it: {:?}", self.api.now.nodes[node].pods)),
         }
     }
 
@@ -668,19 +671,66 @@ impl World {
             self.second()?;
         }
         if self.api.writes != before {
-            return Err(format!("{} writes at rest", self.api.writes - before));
+            return Err(format!("rest: {} writes at rest", self.api.writes - before));
         }
         let status = self.api.now.image.status.clone().unwrap_or_default();
         let target = self.api.now.image.spec.image.ostree.commit.clone();
         let on_target = self.hosts.values().filter(|h| *h.booted() == target).count();
         match status.phase {
-            Some(Phase::Updated) if on_target != self.hosts.len() => Err("says Updated, but is not".into()),
+            Some(Phase::Updated) if on_target != self.hosts.len() => Err("status: says Updated, but is not".into()),
             Some(Phase::Halted) if target == commit(BAD) && on_target > 0 => {
-                Err(format!("{on_target} nodes were left on the bad commit"))
+                Err(format!("rejected: {on_target} nodes were left on the bad commit"))
             }
             _ => Ok(()),
         }
     }
+}
+
+/// A slot is taken only while, as far as was seen, the selected nodes that are down for any cause leave room, and the
+/// waves before that of the node are complete and have soaked.
+fn may_start(seen: &Fleet, status: &OSImageStatus, now: u64) -> Result<(), String> {
+    let before = seen.status();
+    let new: Vec<&str> = status
+        .slots
+        .iter()
+        .filter(|s| !before.slots.iter().any(|b| b.attempt == s.attempt))
+        .map(|s| s.node.as_str())
+        .collect();
+    if new.is_empty() {
+        return Ok(());
+    }
+    new.iter().try_for_each(|node| wave_has_begun(seen, status, node, now))?;
+    let IntOrString::Int(max) = seen.image.spec.rollout.max_unavailable else { unreachable!() };
+    let in_slot = |name: &str| status.slots.iter().any(|s| s.node == name);
+    let out = |n: &NodeView| n.exists && (in_slot(&n.name) || (n.selected && (!n.ready || n.unschedulable)));
+    let out: Vec<&str> = seen.nodes.values().filter(|n| out(n)).map(|n| n.name.as_str()).collect();
+    match out.len() > max as usize {
+        true => Err(format!("budget: {new:?} is begun while {out:?} are in slots or down, but only {max} may be")),
+        false => Ok(()),
+    }
+}
+
+fn wave_has_begun(seen: &Fleet, status: &OSImageStatus, node: &str, now: u64) -> Result<(), String> {
+    let spec = &seen.image.spec.rollout;
+    let mut order: Vec<&NodeView> = seen.nodes.values().filter(|n| n.exists && n.selected).collect();
+    order.sort_by_key(|n| (spec.topology_key.as_ref().map(|key| n.labels.get(key)), &n.name));
+    let mut place = order.iter().position(|n| n.name == node).unwrap_or(usize::MAX);
+    for wave in &spec.waves {
+        let Some(IntOrString::Int(size)) = wave.size else { unreachable!() };
+        if place < size as usize {
+            return Ok(());
+        }
+        place -= size as usize;
+        let known = status.rollout.iter().flat_map(|r| &r.waves).find(|w| w.name == wave.name);
+        let completed = known.and_then(|w| w.completed.as_ref()).map(|at| at.0.as_second() as u64);
+        if completed.is_none_or(|at| at + SOAK > now) {
+            return Err(format!(
+                "waves: {node} is begun at {now}, but wave {} was complete at {completed:?}",
+                wave.name
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn pod(node: &str, number: usize, guarded: bool) -> PodFacts {
