@@ -1,7 +1,10 @@
 //! The API server of the simulation: objects with resource versions, generations, conflicts, and a history
 //! from which stale caches are served.
 
-use std::{collections::BTreeMap, rc::Rc};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    rc::Rc,
+};
 
 use osimage_crds::{NodeOS, NodeOSStatus, OSImage, OSImageStatus};
 use osimage_planner::fleet::{NodeView, PodFacts};
@@ -30,15 +33,15 @@ pub struct Node {
 #[derive(Clone, Debug)]
 pub struct State {
     pub image: Rc<OSImage>,
-    pub nodes: BTreeMap<String, Rc<Node>>,
-    pub node_oses: BTreeMap<String, Rc<NodeOS>>,
+    pub nodes: BTreeMap<Rc<str>, Rc<Node>>,
+    pub node_oses: BTreeMap<Rc<str>, Rc<NodeOS>>,
 }
 
 /// The API server.
 pub struct Api {
     pub now: State,
     /// Earlier states, newest last; caches are served from here.
-    pub past: Vec<State>,
+    pub past: VecDeque<State>,
     version: u64,
     /// Writes by us, counted to see that rest is rest.
     pub writes: u64,
@@ -48,10 +51,10 @@ const HISTORY: usize = 40;
 
 impl Api {
     pub fn new(image: OSImage, nodes: BTreeMap<String, Node>) -> Self {
-        let nodes = nodes.into_iter().map(|(name, node)| (name, Rc::new(node))).collect();
+        let nodes = nodes.into_iter().map(|(name, node)| (name.into(), Rc::new(node))).collect();
         Api {
             now: State { image: Rc::new(image), nodes, node_oses: BTreeMap::new() },
-            past: vec![],
+            past: VecDeque::new(),
             version: 1,
             writes: 0,
         }
@@ -59,9 +62,9 @@ impl Api {
 
     /// Called before each change.
     fn next(&mut self) -> String {
-        self.past.push(self.now.clone());
+        self.past.push_back(self.now.clone());
         if self.past.len() > HISTORY {
-            self.past.remove(0);
+            self.past.pop_front();
         }
         self.version += 1;
         self.version.to_string()
@@ -91,8 +94,20 @@ impl Api {
         Ok(())
     }
 
+    pub fn add_node(&mut self, name: &str, mut node: Node) {
+        node.version = self.next().parse().unwrap();
+        self.now.nodes.insert(name.into(), Rc::new(node));
+    }
+
+    pub fn remove_node(&mut self, name: &str) {
+        self.next();
+        self.now.nodes.remove(name);
+    }
+
+    /// Changes a Node, if there is one.
     pub fn edit_node(&mut self, name: &str, edit: impl FnOnce(&mut Node)) {
-        let mut node = Node::clone(&self.now.nodes[name]);
+        let Some(known) = self.now.nodes.get(name) else { return };
+        let mut node = Node::clone(known);
         edit(&mut node);
         if node != *self.now.nodes[name] {
             node.version = self.next().parse().unwrap();
@@ -102,14 +117,14 @@ impl Api {
 
     pub fn create_node_os(&mut self, mut object: NodeOS) -> Result<(), Conflict> {
         let name = object.metadata.name.clone().unwrap();
-        if self.now.node_oses.contains_key(&name) {
+        if self.now.node_oses.contains_key(name.as_str()) {
             return Err(Conflict);
         }
         self.writes += 1;
         object.metadata.resource_version = Some(self.next());
         object.metadata.generation = Some(1);
         object.metadata.uid = object.metadata.resource_version.clone();
-        self.now.node_oses.insert(name, Rc::new(object));
+        self.now.node_oses.insert(name.into(), Rc::new(object));
         Ok(())
     }
 
@@ -128,7 +143,7 @@ impl Api {
         }
         known.spec = object.spec.clone();
         known.metadata.resource_version = Some(self.next());
-        self.now.node_oses.insert(known.metadata.name.clone().unwrap(), Rc::new(known));
+        self.now.node_oses.insert(known.metadata.name.clone().unwrap().into(), Rc::new(known));
         Ok(())
     }
 

@@ -21,6 +21,8 @@ pub struct Host {
     guard_armed: bool,
     armed: Option<osimage_crds::AttemptId>,
     trial_boots: u32,
+    /// Which machine this is, of those that ever had the name.
+    machine: u64,
     // -- this boot
     pub boot: u64,
     pub up: bool,
@@ -50,7 +52,7 @@ pub enum Boot {
 }
 
 impl Host {
-    pub fn new(name: &str, commit: &Commit) -> Self {
+    pub fn new(name: &str, machine: u64, commit: &Commit) -> Self {
         let first = HostDeployment { commit: commit.clone(), serial: 0, booted: true, staged: false, pinned: false };
         Host {
             name: name.into(),
@@ -61,6 +63,7 @@ impl Host {
             guard_armed: false,
             armed: None,
             trial_boots: 0,
+            machine,
             boot: 1,
             up: true,
             silent: false,
@@ -73,7 +76,7 @@ impl Host {
     }
 
     pub fn boot_id(&self) -> String {
-        format!("{}-boot-{}", self.name, self.boot)
+        format!("{}-{}-boot-{}", self.name, self.machine, self.boot)
     }
 
     pub fn booted(&self) -> &Commit {

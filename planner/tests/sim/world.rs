@@ -1,6 +1,9 @@
 //! The world: an API server, operators, hosts, kubelets, pods, faults, and the invariants.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    rc::Rc,
+};
 
 use fastrand::Rng;
 use k8s_openapi::{
@@ -40,6 +43,14 @@ pub struct Faults {
     pub boot_faults: bool,
     pub partitions: bool,
     pub edits: bool,
+    /// Nobody reaches the API server for a while.
+    pub outages: bool,
+    /// The clock of an operator goes forward or back by minutes.
+    pub clock_jumps: bool,
+    /// Nodes are deleted, and added: new ones, and other machines of an old name.
+    pub churn: bool,
+    /// The fewest and the most nodes.
+    pub nodes: (usize, usize),
     pub bad_commit: bool,
     /// A rule that is broken on purpose.
     pub broken: Option<Mutant>,
@@ -55,6 +66,10 @@ impl Faults {
             boot_faults: false,
             partitions: false,
             edits: false,
+            outages: false,
+            clock_jumps: false,
+            churn: false,
+            nodes: (1, 6),
             bad_commit: false,
             broken: None,
         }
@@ -77,6 +92,8 @@ enum Op {
 struct Operator {
     queue: VecDeque<Op>,
     refusals: BTreeMap<String, String>,
+    /// Seconds that its clock is wrong.
+    skew: i64,
 }
 
 pub struct World {
@@ -92,6 +109,11 @@ pub struct World {
     steps: u64,
     trace: VecDeque<String>,
     retries: u64,
+    /// Nobody reaches the API server before this.
+    outage_until: u64,
+    machines: u64,
+    /// Nodes that we disrupt now.
+    disrupted: BTreeSet<String>,
 }
 
 fn commit(digit: char) -> Commit {
@@ -151,16 +173,14 @@ fn vary(spec: &mut OSImageSpec, rng: &mut Rng) {
 impl World {
     pub fn new(seed: u64, faults: Faults) -> Self {
         let mut rng = Rng::with_seed(seed);
-        let count = rng.usize(1..=6);
-        let max = rng.i32(1..=2);
+        let (fewest, most) = faults.nodes;
+        let count = rng.usize(fewest..=most);
+        let max = rng.i32(1..=2) * (count as i32 / 10).max(1);
         let target = commit(if faults.bad_commit { BAD } else { NEW });
         let (mut nodes, mut hosts) = (BTreeMap::new(), BTreeMap::new());
         for i in 0..count {
             let name = format!("n{i}");
-            let host = Host::new(&name, &commit(OLD));
-            let pods = (0..rng.usize(0..3)).map(|p| pod(&name, p, rng.bool())).collect();
-            let zone = format!("z{}", rng.u32(0..2));
-            let node = Node { ready: true, selected: true, zone, boot_id: host.boot_id(), pods, ..Node::default() };
+            let (node, host) = machine(&name, 0, &mut rng);
             nodes.insert(name.clone(), node);
             hosts.insert(name, host);
         }
@@ -179,6 +199,9 @@ impl World {
             steps: 0,
             trace: VecDeque::new(),
             retries: 0,
+            outage_until: 0,
+            machines: 0,
+            disrupted: BTreeSet::new(),
         }
     }
 
@@ -228,23 +251,24 @@ impl World {
         }
         self.disturb();
         let names: Vec<String> = self.hosts.keys().cloned().collect();
+        names.iter().try_for_each(|name| self.check(name))?;
         // Several turns a second, in any order, so that writes of all parties interleave.
         for _ in 0..3 {
             for at in 0..self.operators.len() {
                 for _ in 0..self.rng.usize(0..4) {
                     self.operator(at)?;
-                    self.check()?;
                 }
             }
             let host = names[self.rng.usize(0..names.len())].clone();
             self.daemon(&host)?;
-            self.check()?;
+            self.check(&host)?;
         }
         for name in &names {
             self.kubelet(name);
             self.host(name);
+            self.check(name)?;
             self.daemon(name)?;
-            self.check()?;
+            self.check(name)?;
         }
         Ok(())
     }
@@ -253,6 +277,8 @@ impl World {
     fn calm(&mut self) {
         self.say("---- faults end".into());
         self.cut_off.clear();
+        self.outage_until = 0;
+        self.operators.iter_mut().for_each(|o| o.skew = 0);
         for host in self.hosts.values_mut() {
             host.silent = false;
         }
@@ -282,8 +308,49 @@ impl World {
         if self.chance(self.faults.crashes, 4) {
             self.hosts.get_mut(&any).unwrap().daemon_restarts();
         }
+        if self.chance(self.faults.clock_jumps, 2) {
+            let at = self.rng.usize(0..self.operators.len());
+            let skew = if self.rng.bool() { self.rng.i64(-600..600) } else { 0 };
+            self.operators[at].skew = skew;
+            self.say(format!("the clock of operator {at} is {skew} s ahead"));
+        }
+        if self.chance(self.faults.outages, 1) {
+            self.outage_until = self.now + self.rng.u64(1..60);
+            self.say(format!("nobody reaches the API server until {}s", self.outage_until));
+        }
+        if self.is_out() {
+            return;
+        }
         if self.chance(self.faults.edits, 3) {
             self.edit(&any);
+        }
+        if self.chance(self.faults.churn, 2) {
+            self.come_or_go(&any);
+        }
+    }
+
+    fn is_out(&self) -> bool {
+        self.now < self.outage_until
+    }
+
+    /// A node leaves with its machine, a new one joins, or another machine takes the name of one.
+    fn come_or_go(&mut self, node: &str) {
+        let kind = self.rng.u32(0..3);
+        if kind != 1 && (self.hosts.len() > 1 || kind == 2) {
+            self.say(format!("{node} is deleted"));
+            self.api.remove_node(node);
+            self.hosts.remove(node);
+            self.up_at.remove(node);
+            self.user_cordons.remove(node);
+            self.disrupted.remove(node);
+        }
+        if kind != 0 {
+            self.machines += 1;
+            let name = if kind == 1 { format!("x{}", self.machines) } else { node.to_owned() };
+            self.say(format!("{name} joins"));
+            let (node, host) = machine(&name, self.machines, &mut self.rng);
+            self.api.add_node(&name, node);
+            self.hosts.insert(name, host);
         }
     }
 
@@ -365,6 +432,9 @@ impl World {
     }
 
     fn kubelet(&mut self, name: &str) {
+        if self.is_out() {
+            return;
+        }
         let host = &self.hosts[name];
         let (up, boot_id) = (host.up, host.boot_id());
         self.api.edit_node(name, |n| {
@@ -377,7 +447,7 @@ impl World {
     }
 
     fn daemon(&mut self, name: &str) -> Result<(), String> {
-        let connected = self.cut_off.get(name).is_none_or(|until| *until < self.now);
+        let connected = self.cut_off.get(name).is_none_or(|until| *until < self.now) && !self.is_out();
         let back = if self.chance(self.faults.stale, 30) { self.rng.usize(0..15) } else { 0 };
         let crash = self.chance(self.faults.crashes, 5);
         let flap = self.chance(self.faults.boot_faults, 5);
@@ -441,13 +511,14 @@ impl World {
     /// What an operator plans on; and the truth beside it, where a rule is broken on purpose.
     fn observe(&mut self, at: usize) -> (Fleet, Option<Fleet>) {
         let back = if self.chance(self.faults.stale, 50) { self.rng.usize(0..20) } else { 0 };
-        let cached = if back == 0 { self.api.now.clone() } else { self.api.cached(back).clone() };
-        let names: BTreeSet<&String> = cached.nodes.keys().chain(cached.node_oses.keys()).collect();
+        let allowed = if self.faulty() { self.rng.i32(0..2) } else { 1 };
+        let cached = if back == 0 { &self.api.now } else { self.api.cached(back) };
+        let names: BTreeSet<&Rc<str>> = cached.nodes.keys().chain(cached.node_oses.keys()).collect();
         // Nodes in slots are read from the API server itself, at the same version of the slot book.
         let book = self.api.now.image.status.clone().unwrap_or_default();
         let in_slot = |n: &str| book.slots.iter().any(|s| s.node == n);
-        let nodes =
-            names.into_iter().map(|n| (n.clone(), if in_slot(n) { self.api.now.view(n) } else { cached.view(n) }));
+        let view = |n: &str| if in_slot(n) { self.api.now.view(n) } else { cached.view(n) };
+        let nodes = names.into_iter().map(|n| (n.to_string(), view(n)));
         let mut fleet = Fleet {
             nodes: nodes.collect(),
             image: OSImage::clone(&self.api.now.image),
@@ -455,6 +526,7 @@ impl World {
             operator_node: None,
             refuges: BTreeSet::new(),
             refusals: self.operators[at].refusals.clone(),
+            gates: vec![],
         };
         fleet.image.metadata.finalizers = Some(vec![names::FINALIZER.into()]);
         let truth = self.faults.broken.map(|mutant| {
@@ -462,36 +534,49 @@ impl World {
             mutant.blind(&mut fleet);
             truth
         });
-        for name in rollout::inspect(&fleet, self.timestamp()) {
-            let allowed = if self.faulty() { self.rng.i32(0..2) } else { 1 };
-            let mut pods = self.api.now.nodes[&name].pods.clone();
+        for name in rollout::inspect(&fleet, self.timestamp(at)) {
+            let Some(node) = fleet.nodes.get_mut(&name) else { continue };
+            let mut pods = self.api.now.nodes.get(name.as_str()).map(|n| n.pods.clone()).unwrap_or_default();
             pods.iter_mut().flat_map(|p| &mut p.budgets).for_each(|b| b.allowed = allowed);
-            fleet.nodes.get_mut(&name).unwrap().pods = Some(pods);
+            node.pods = Some(pods);
         }
         (fleet, truth)
     }
 
-    fn timestamp(&self) -> Timestamp {
-        Timestamp::from_second(self.now as i64).unwrap()
+    /// The time by the clock of an operator.
+    fn timestamp(&self, at: usize) -> Timestamp {
+        Timestamp::from_second(self.now as i64 + self.operators[at].skew).unwrap()
     }
 
     fn operator(&mut self, at: usize) -> Result<(), String> {
         self.steps += 1;
         if self.chance(self.faults.crashes, 3) {
-            self.operators[at] = Operator::default();
+            let skew = self.operators[at].skew;
+            self.operators[at] = Operator { skew, ..Operator::default() };
+            return Ok(());
+        }
+        if self.is_out() {
+            self.operators[at].queue.clear();
             return Ok(());
         }
         let Some(op) = self.operators[at].queue.pop_front() else {
             let (fleet, truth) = self.observe(at);
-            let Plan { status, steps, holds: _, wake: _ } = rollout::plan(&fleet, self.timestamp());
-            may_start(truth.as_ref().unwrap_or(&fleet), &status, self.now)?;
+            let Plan { status, steps, holds: _, wake: _ } = rollout::plan(&fleet, self.timestamp(at));
+            may_start(truth.as_ref().unwrap_or(&fleet), &status, self.timestamp(at))?;
             let changed = Some(&status) != fleet.image.status.as_ref();
             let write = changed.then(|| Op::Status(fleet.image.metadata.resource_version.clone(), Box::new(status)));
             self.operators[at].queue = write.into_iter().chain(steps.into_iter().map(Op::Do)).collect();
             return Ok(());
         };
         let lost = self.chance(self.faults.lost_writes, 4);
+        let node = match &op {
+            Op::Do(Step::Cordon { node, .. } | Step::Uncordon { node, .. }) => Some(node.clone()),
+            Op::Do(_) | Op::Status(..) => None,
+        };
         let done = self.carry_out(at, op)?;
+        if let Some(node) = node {
+            self.check(&node)?;
+        }
         if done.is_err() || lost {
             self.operators[at].queue.clear();
         }
@@ -529,7 +614,9 @@ impl World {
     }
 
     fn step(&mut self, at: usize, step: Step) -> Result<Result<(), Conflict>, String> {
-        let same = |world: &World, node: &str, version: &str| world.api.now.nodes[node].version.to_string() == version;
+        let same = |world: &World, node: &str, version: &str| {
+            world.api.now.nodes.get(node).is_some_and(|n| n.version.to_string() == version)
+        };
         Ok(match step {
             Step::AddFinalizer | Step::RemoveFinalizer => Ok(()),
             Step::CreateNodeOS(object) => self.api.create_node_os(*object),
@@ -586,32 +673,34 @@ impl World {
 
     // ---- invariants -----------------------------------------------------------------------------------
 
-    /// After everything: never more nodes disrupted by us than allowed; the way back is kept; a person's cordon stays.
-    fn check(&self) -> Result<(), String> {
-        let IntOrString::Int(max) = self.api.now.image.spec.rollout.max_unavailable else { unreachable!() };
-        let mut disrupted = BTreeSet::new();
-        for (name, node) in &self.api.now.nodes {
-            let host = &self.hosts[name];
-            let trial = host.record.as_ref().filter(|r| !r.finished());
-            let rebooted = trial.is_some_and(|r| r.boot_id != host.boot_id() || !host.up);
-            if node.cordoned_by.is_some() || rebooted {
-                disrupted.insert(name.as_str());
-            }
-            if let Some(record) = trial.filter(|_| host.up)
-                && !host.deployments.iter().any(|d| d.commit == record.previous)
-            {
-                return Err(format!("way back: {name}: the previous deployment is gone during {}", record.attempt));
-            }
-            if self.user_cordons.contains(name) && !node.unschedulable {
-                return Err(format!("cordon: {name}: we uncordoned what a person cordoned"));
-            }
+    /// After everything that is done to a node: never more nodes disrupted by us than allowed; the way back is kept; a
+    /// person's cordon stays.
+    fn check(&mut self, name: &str) -> Result<(), String> {
+        let (Some(node), Some(host)) = (self.api.now.nodes.get(name), self.hosts.get(name)) else { return Ok(()) };
+        let trial = host.record.as_ref().filter(|r| !r.finished());
+        let rebooted = trial.is_some_and(|r| r.boot_id != host.boot_id() || !host.up);
+        match node.cordoned_by.is_some() || rebooted {
+            true => self.disrupted.insert(name.into()),
+            false => self.disrupted.remove(name),
+        };
+        if let Some(record) = trial.filter(|_| host.up)
+            && !host.deployments.iter().any(|d| d.commit == record.previous)
+        {
+            return Err(format!("way back: {name}: the previous deployment is gone during {}", record.attempt));
         }
-        if self.api.now.image.spec.rollout.topology_key.is_some() {
-            let zones: BTreeSet<&str> = disrupted.iter().map(|n| self.api.now.nodes[*n].zone.as_str()).collect();
+        if self.user_cordons.contains(name) && !node.unschedulable {
+            return Err(format!("cordon: {name}: we uncordoned what a person cordoned"));
+        }
+        let rollout = &self.api.now.image.spec.rollout;
+        let disrupted = &self.disrupted;
+        if rollout.topology_key.is_some() {
+            let zones: BTreeSet<&str> =
+                disrupted.iter().map(|n| self.api.now.nodes[n.as_str()].zone.as_str()).collect();
             if zones.len() > 1 {
                 return Err(format!("topology: {disrupted:?} are disrupted by us in two zones"));
             }
         }
+        let IntOrString::Int(max) = rollout.max_unavailable else { unreachable!() };
         match disrupted.len() > max as usize {
             true => Err(format!("budget: {disrupted:?} are disrupted by us, but only {max} may be")),
             false => Ok(()),
@@ -642,9 +731,9 @@ impl World {
     }
 
     fn is_drained(&self, node: &str) -> Result<(), String> {
-        match self.api.now.nodes[node].pods.is_empty() {
-            true => Ok(()),
-            false => Err(format!("drain: {node} got a permit with pods on it: {:?}", self.api.now.nodes[node].pods)),
+        match self.api.now.nodes.get(node).filter(|n| !n.pods.is_empty()) {
+            None => Ok(()),
+            Some(node) => Err(format!("drain: a permit was given with pods on the node: {:?}", node.pods)),
         }
     }
 
@@ -688,7 +777,7 @@ impl World {
 
 /// A slot is taken only while, as far as was seen, the selected nodes that are down for any cause leave room, and the
 /// waves before that of the node are complete and have soaked.
-fn may_start(seen: &Fleet, status: &OSImageStatus, now: u64) -> Result<(), String> {
+fn may_start(seen: &Fleet, status: &OSImageStatus, now: Timestamp) -> Result<(), String> {
     let before = seen.status();
     let new: Vec<&str> = status
         .slots
@@ -710,7 +799,7 @@ fn may_start(seen: &Fleet, status: &OSImageStatus, now: u64) -> Result<(), Strin
     }
 }
 
-fn wave_has_begun(seen: &Fleet, status: &OSImageStatus, node: &str, now: u64) -> Result<(), String> {
+fn wave_has_begun(seen: &Fleet, status: &OSImageStatus, node: &str, now: Timestamp) -> Result<(), String> {
     let spec = &seen.image.spec.rollout;
     let mut order: Vec<&NodeView> = seen.nodes.values().filter(|n| n.exists && n.selected).collect();
     order.sort_by_key(|n| (spec.topology_key.as_ref().map(|key| n.labels.get(key)), &n.name));
@@ -722,8 +811,8 @@ fn wave_has_begun(seen: &Fleet, status: &OSImageStatus, node: &str, now: u64) ->
         }
         place -= size as usize;
         let known = status.rollout.iter().flat_map(|r| &r.waves).find(|w| w.name == wave.name);
-        let completed = known.and_then(|w| w.completed.as_ref()).map(|at| at.0.as_second() as u64);
-        if completed.is_none_or(|at| at + SOAK > now) {
+        let completed = known.and_then(|w| w.completed.as_ref()).map(|at| at.0.as_second());
+        if completed.is_none_or(|at| at + SOAK as i64 > now.as_second()) {
             return Err(format!(
                 "waves: {node} is begun at {now}, but wave {} was complete at {completed:?}",
                 wave.name
@@ -731,6 +820,15 @@ fn wave_has_begun(seen: &Fleet, status: &OSImageStatus, node: &str, now: u64) ->
         }
     }
     Ok(())
+}
+
+/// A new node, on the old commit.
+fn machine(name: &str, machine: u64, rng: &mut Rng) -> (Node, Host) {
+    let host = Host::new(name, machine, &commit(OLD));
+    let pods = (0..rng.usize(0..3)).map(|p| pod(name, p, rng.bool())).collect();
+    let zone = format!("z{}", rng.u32(0..2));
+    let node = Node { ready: true, selected: true, zone, boot_id: host.boot_id(), pods, ..Node::default() };
+    (node, host)
 }
 
 fn pod(node: &str, number: usize, guarded: bool) -> PodFacts {
