@@ -18,10 +18,11 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::host::sysroot::{Template, deploy};
 use crate::process::output;
+use crate::remove::remove_tree;
 use crate::repo::{
     BRANCH, Images, OsCommit, OsRepo, SigningKey, commit_tree, init_archive, mark, os_release, put, run_ostree,
 };
-use crate::scratch::{Unfinished, remove_tree};
+use crate::scratch::Unfinished;
 
 const SUITE: &str = "trixie";
 const PACKAGES: &str = "systemd,dbus,ostree,gpg,gpgconf,ca-certificates,e2fsprogs,procps";
@@ -130,8 +131,9 @@ fn recipe_hash() -> u64 {
 
 fn build(dir: &Path, say: &dyn Fn(&str)) -> Result<()> {
     say("building a Debian tree from packages (once; about a minute)");
-    let (tree1, tree2) = (dir.join("tree1"), dir.join("tree2"));
-    install(&tree1, &tree2)?;
+    let (tree1, tree2, tmp) = (dir.join("tree1"), dir.join("tree2"), dir.join("tmp"));
+    fs::create_dir(&tmp)?;
+    install(&tree1, &tree2, &tmp)?;
     for (tree, version) in [(&tree1, "1"), (&tree2, "2")] {
         rearrange(tree, version).with_context(|| format!("rearrange {}", tree.display()))?;
     }
@@ -144,8 +146,9 @@ fn build(dir: &Path, say: &dyn Fn(&str)) -> Result<()> {
     let v4 = variant(dir, &repo, "4", false, EPOCH + 10800)?;
     let unsigned = variant(dir, &repo, "2.1-unsigned", false, EPOCH + 14400)?;
     let foreign = variant(dir, &repo, "2.2-foreign", false, EPOCH + 18000)?;
-    remove_tree(&tree1)?;
-    remove_tree(&tree2)?;
+    for done in [&tree1, &tree2, &tmp] {
+        remove_tree(done)?;
+    }
     say("installing version 1 on a disk to copy for each host");
     deploy(&repo, &v1, &dir.join("sysroot"))?;
     let commits = Commits { v1, v2, v3, v4, unsigned, foreign };
@@ -154,7 +157,7 @@ fn build(dir: &Path, say: &dyn Fn(&str)) -> Result<()> {
 }
 
 /// Installs the packages; in the middle, before the added one, the tree is copied: that is version 1.
-fn install(tree1: &Path, tree2: &Path) -> Result<()> {
+fn install(tree1: &Path, tree2: &Path, tmp: &Path) -> Result<()> {
     let mut command = Command::new("setpriv");
     // Namespaces of its own: mmdebstrap mounts things in the tree and starts processes there.
     command
@@ -170,6 +173,8 @@ fn install(tree1: &Path, tree2: &Path) -> Result<()> {
         .arg(SUITE)
         .arg(tree2)
         .env("LC_ALL", "C.UTF-8")
+        // What it leaves there when it is interrupted goes with the rest.
+        .env("TMPDIR", tmp)
         .stdin(Stdio::null());
     output(command, &format!("mmdebstrap {SUITE}")).context(
         "build the Debian tree: is mmdebstrap installed (`make setup`), and does apt know a Debian mirror on this machine?",

@@ -15,7 +15,7 @@
 //! | [`product`] | the chart and the shipped binaries on a bed |
 //! | [`witness`] | remembers the worst it saw |
 //! | [`demo`] | `make demo` |
-//! | [`process`], [`scratch`] | nothing outlives the test |
+//! | [`process`], [`scratch`], [`remove`] | nothing outlives the test |
 
 #![allow(clippy::print_stderr)]
 
@@ -30,6 +30,7 @@ pub mod kubelet;
 pub mod pki;
 pub mod process;
 pub mod product;
+pub mod remove;
 pub mod repo;
 pub mod scratch;
 pub mod server;

@@ -6,9 +6,10 @@
 //!
 //! Only files and folders below the base are ever removed, never across a mount or through a symbolic link.
 
-use std::fs::{self, File};
+use std::collections::HashSet;
+use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, Once, OnceLock};
@@ -16,17 +17,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::daemon::descendants;
 use crate::process::{kill_all, lock};
+use crate::remove::remove_tree;
 
 /// Keeps the folders of failed tests for inspection when set.
 const KEEP: &str = "OSIMAGE_TEST_KEEP";
 /// How long the last children are waited for after a signal, before their folders are removed.
 const CHILDREN_END: Duration = Duration::from_secs(3);
+/// Between asking them to end and killing them.
+const COURTESY: Duration = Duration::from_secs(1);
 
 /// A folder that is removed when dropped.
 #[derive(Debug)]
@@ -135,48 +138,6 @@ fn say(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// Removes a folder, also when OSTree made deployments in it immutable.
-pub fn remove_tree(path: &Path) -> io::Result<()> {
-    // More than once: a process that was just killed may have been adding a file.
-    const ATTEMPTS: u32 = 5;
-    for attempt in 1.. {
-        match fs::remove_dir_all(path) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return Ok(()),
-            Err(error) if attempt == ATTEMPTS => return Err(error),
-            Err(_) => {}
-        }
-        if let Ok(meta) = fs::symlink_metadata(path) {
-            // A file that vanishes meanwhile is no reason to stop.
-            let _ = make_mutable(path, meta.dev());
-        }
-    }
-    Ok(())
-}
-
-/// Clears the immutable flag of folders. OSTree sets it on deployment roots, a few levels down.
-fn make_mutable(dir: &Path, device: u64) -> io::Result<()> {
-    let meta = fs::symlink_metadata(dir)?;
-    if !meta.is_dir() || meta.dev() != device {
-        return Ok(());
-    }
-    let file = File::open(dir)?;
-    if let Ok(flags) = ioctl_getflags(&file)
-        && flags.contains(IFlags::IMMUTABLE)
-    {
-        ioctl_setflags(&file, flags - IFlags::IMMUTABLE)?;
-        // Nothing below a deployment root is immutable.
-        return Ok(());
-    }
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            make_mutable(&entry.path(), device)?;
-        }
-    }
-    Ok(())
-}
-
 /// The folder that holds all scratch folders: `OSIMAGE_TEST_TMP`, else the system's temporary folder.
 fn base() -> PathBuf {
     std::env::var_os("OSIMAGE_TEST_TMP").map_or_else(std::env::temp_dir, PathBuf::from).join("osimage-testbed")
@@ -254,26 +215,35 @@ fn clean_up() {
     let paths = std::mem::take(&mut *lock(live()));
     // Twice: another thread of ours may have been making a file. No folder is made any more.
     for _ in 0..2 {
-        for path in &paths {
-            if let Err(error) = remove_tree(path) {
-                say(&format!("could not remove {}: {error}", path.display()));
+        thread::scope(|scope| {
+            for path in &paths {
+                scope.spawn(|| {
+                    if let Err(error) = remove_tree(path) {
+                        say(&format!("could not remove {}: {error}", path.display()));
+                    }
+                });
             }
-        }
+        });
     }
     let _ = fs::remove_dir(base());
 }
 
-/// Children that were started to be waited for at once (ostree, kubectl, mmdebstrap…), and what they started.
+/// Children that were started to be waited for at once (ostree, kubectl, mmdebstrap, go…), and what they started. They
+/// get a moment to remove their own temporary files.
 fn kill_the_rest() {
     let begin = Instant::now();
     let Ok(us) = i32::try_from(std::process::id()) else { return };
+    let mut asked = HashSet::new();
     loop {
         let alive: Vec<i32> = descendants(us).into_iter().filter(|pid| !is_zombie(*pid)).collect();
         if alive.is_empty() || begin.elapsed() > CHILDREN_END {
             return;
         }
-        for pid in alive.into_iter().filter_map(Pid::from_raw) {
-            let _ = kill_process(pid, Signal::KILL);
+        for pid in alive {
+            let late = begin.elapsed() > COURTESY;
+            if let Some(process) = Pid::from_raw(pid).filter(|_| late || asked.insert(pid)) {
+                let _ = kill_process(process, if late { Signal::KILL } else { Signal::INT });
+            }
         }
         thread::sleep(Duration::from_millis(2));
     }
