@@ -159,6 +159,66 @@ pub struct Rollout {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub windows: Vec<Window>,
+    /// What must say yes before a node is started, all of them; asked only while a node could be started. One that
+    /// cannot be asked holds the rollout too, and fails nothing. Nodes in flight finish.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub gates: Vec<Gate>,
+}
+
+/// A monitoring system that is asked before a node is started. The operator asks from its own pod, without
+/// credentials and without a proxy, for at most 5 seconds, and at most every 15 seconds.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.prometheus) != has(self.alertmanager)").message("exactly one of prometheus and alertmanager must be set")
+)]
+pub struct Gate {
+    /// Names the gate in status and events.
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([a-z0-9-]*[a-z0-9])?$')").message("must be lower-case letters, digits and '-'"))]
+    #[schemars(length(max = 63))]
+    pub name: String,
+    /// Open while a query of Prometheus, or of anything with its API, returns nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prometheus: Option<PrometheusGate>,
+    /// Open while no alert fires in Alertmanager that these matchers match.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alertmanager: Option<AlertmanagerGate>,
+}
+
+/// Open while a query returns nothing.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct PrometheusGate {
+    /// Where Prometheus is, such as `http://prometheus.monitoring:9090`; `/api/v1/query` is added.
+    #[x_kube(validation = Rule::new("!self.matches('^[a-z]+://[^/]*@')").message("must not hold a user or password"))]
+    #[x_kube(validation = Rule::new("self.matches('^https?://[^ ?#]+$')").message("must be an http:// or https:// URL without a query, such as http://prometheus.monitoring:9090"))]
+    #[schemars(length(max = 2048))]
+    pub url: String,
+    /// An instant query that returns an empty vector while nodes may be started. Write it so that it returns something
+    /// when it is **not** safe, such as `ALERTS{alertstate="firing", severity="critical"}` or
+    /// `sum(rate(http_errors_total[5m])) > 10`. Mind that a metric that is missing returns nothing, too:
+    /// `... or absent(http_errors_total)` closes the gate then.
+    #[schemars(length(min = 1, max = 4096))]
+    pub query: String,
+}
+
+/// Open while no alert fires that these matchers match.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct AlertmanagerGate {
+    /// Where Alertmanager is, such as `http://alertmanager.monitoring:9093`; `/api/v2/alerts` is added.
+    #[x_kube(validation = Rule::new("!self.matches('^[a-z]+://[^/]*@')").message("must not hold a user or password"))]
+    #[x_kube(validation = Rule::new("self.matches('^https?://[^ ?#]+$')").message("must be an http:// or https:// URL without a query, such as http://alertmanager.monitoring:9093"))]
+    #[schemars(length(max = 2048))]
+    pub url: String,
+    /// Matchers as Alertmanager has them, such as `severity="critical"` or `alertname!="Watchdog"`. An alert that all of
+    /// them match, and that is neither silenced nor inhibited, closes the gate. Prometheus' usual rules have an alert
+    /// `Watchdog` that always fires.
+    #[schemars(length(min = 1, max = 16), inner(length(max = 512)))]
+    #[x_kube(validation = Rule::new("self.all(matcher, matcher.matches('^[^=!~]+(=|!=|=~|!~)'))").message("each must be a matcher such as severity=\"critical\""))]
+    pub matchers: Vec<String>,
 }
 
 /// A group of nodes, chosen by their labels or by number.
@@ -210,6 +270,7 @@ impl Default for Rollout {
             topology_key: None,
             waves: vec![],
             windows: vec![],
+            gates: vec![],
         }
     }
 }
@@ -248,6 +309,12 @@ fn selector_schema(_: &mut SchemaGenerator) -> Schema {
             }
         }
     })
+}
+
+fn pod_selector_schema(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = selector_schema(generator);
+    schema.insert("description".into(), "The pods, by their labels. `{}` selects every pod.".into());
+    schema
 }
 
 fn budget_schema(_: &mut SchemaGenerator) -> Schema {
@@ -358,11 +425,13 @@ impl Default for Health {
     }
 }
 
-/// One check, run by the node daemon on the host.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+/// One check. `exec`, `systemdUnit` and `http` are run by the node daemon on the host, also without the API server.
+/// `podsReady` and `nodeCondition` are made by the operator when those of the host have held for `soak`: until they hold,
+/// the node is not acknowledged, and at its deadline it goes back to its previous system.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("[has(self.exec), has(self.systemdUnit), has(self.http)].exists_one(set, set)").message("exactly one of exec, systemdUnit and http must be set")
+    validation = Rule::new("[has(self.exec), has(self.systemdUnit), has(self.http), has(self.podsReady), has(self.nodeCondition)].exists_one(set, set)").message("exactly one of exec, systemdUnit, http, podsReady and nodeCondition must be set")
 )]
 pub struct Check {
     /// Names the check in status and events.
@@ -378,6 +447,69 @@ pub struct Check {
     /// A URL that must answer with a status from 200 to 399.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http: Option<HttpCheck>,
+    /// Pods on the node that must be Ready, as the operator sees them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pods_ready: Option<PodsReadyCheck>,
+    /// A condition that the Node must have, as the operator sees it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_condition: Option<NodeConditionCheck>,
+}
+
+impl Check {
+    /// Whether it is made by the operator. The host does not know of it.
+    pub fn is_of_the_cluster(&self) -> bool {
+        let Check { name: _, exec: _, systemd_unit: _, http: _, pods_ready, node_condition } = self;
+        pods_ready.is_some() || node_condition.is_some()
+    }
+}
+
+/// Every pod on the node that the selector matches is Ready, and there is at least one: a DaemonSet's pod that has not
+/// been made yet holds the node as one that is not Ready does. Pods that have finished or are being deleted do not count.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct PodsReadyCheck {
+    /// Namespace of the pods; every namespace when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([a-z0-9-]*[a-z0-9])?$')").message("must be the name of a namespace"))]
+    #[schemars(length(max = 63))]
+    pub namespace: Option<String>,
+    /// The pods, by their labels.
+    #[schemars(schema_with = "pod_selector_schema")]
+    pub selector: LabelSelector,
+}
+
+/// A condition that the Node must have. One that is absent does not hold, whatever the status asked for.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeConditionCheck {
+    /// Type of the condition, such as `NetworkUnavailable` or one of node-problem-detector's.
+    #[serde(rename = "type")]
+    #[schemars(length(min = 1, max = 316))]
+    pub type_: String,
+    /// Its status.
+    pub status: ConditionStatus,
+}
+
+/// Status of a condition.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConditionStatus {
+    /// It holds.
+    True,
+    /// It does not.
+    False,
+    /// Nobody knows.
+    Unknown,
+}
+
+impl ConditionStatus {
+    /// As it stands in the API.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            ConditionStatus::True => "True",
+            ConditionStatus::False => "False",
+            ConditionStatus::Unknown => "Unknown",
+        }
+    }
 }
 
 /// A command on the host that must end with exit code 0.
@@ -546,6 +678,9 @@ pub struct Slot {
     /// Why the permit is taken back. Written before it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub withdrawn: Option<String>,
+    /// What keeps a node whose host is healthy from being acknowledged, as last seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unproven: Option<String>,
     /// Set once the attempt is over; what is left is to give the node back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<SlotOutcome>,

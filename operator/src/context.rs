@@ -1,5 +1,5 @@
 //! What a pass needs besides its OSImage. Nothing here is a memory between passes except what the API
-//! server last said to refused evictions, and that only for messages.
+//! server last said to refused evictions, and that only for messages, and what gates said in the last seconds.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,7 +9,7 @@ use std::{
 use kube::Client;
 use tokio::sync::watch;
 
-use crate::{events::Teller, metrics::Metrics, stores::Stores};
+use crate::{events::Teller, gates::Gates, metrics::Metrics, stores::Stores};
 
 pub struct Context {
     /// Client without hidden retries; see [`crate::run::client`].
@@ -22,6 +22,8 @@ pub struct Context {
     pub metrics: Metrics,
     /// What the API server last said to evictions that it refused.
     pub refusals: Refusals,
+    /// What is asked before a node is started.
+    pub gates: Gates,
     /// Which pod this is.
     pub own: Own,
     /// Whether this process is the one that acts.

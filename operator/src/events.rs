@@ -168,7 +168,8 @@ fn of_status(before: &OSImageStatus, after: &OSImageStatus) -> Vec<Tale> {
 }
 
 fn of_slot(before: Option<&Slot>, slot: &Slot) -> Option<Tale> {
-    let Slot { node, attempt, commit, boot_id: _, since: _, permitted, withdrawn: _, outcome, ended: _ } = slot;
+    let Slot { node, attempt, commit, boot_id: _, since: _, permitted, withdrawn: _, unproven: _, outcome, ended: _ } =
+        slot;
     let Some(before) = before else {
         let note = format!("{node} is next: it goes to {} (attempt {attempt})", commit.short());
         return Some(normal("SlotTaken", "Reserve", Some(node), note));
@@ -232,6 +233,7 @@ mod tests {
             since: whole_seconds(Timestamp::UNIX_EPOCH),
             permitted: None,
             withdrawn: None,
+            unproven: None,
             outcome: None,
             ended: None,
         }

@@ -6,6 +6,7 @@ mod error;
 mod events;
 mod evict;
 mod execute;
+mod gates;
 mod lease;
 mod metrics;
 mod observe;

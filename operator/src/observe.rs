@@ -89,19 +89,24 @@ pub async fn fleet(ctx: &Context, seen: Seen, image: OSImage) -> Result<Fleet, O
     let refuges = seen.nodes.iter().map(|n| node_view(n)).filter(|n| !n.unavailable()).map(|n| n.name).collect();
     let nodes = assemble(&image, &selector, seen);
     let operator_node = ctx.own.node.clone();
-    Ok(Fleet { image, existing_images, nodes, operator_node, refuges, refusals: BTreeMap::new() })
+    Ok(Fleet { image, existing_images, nodes, operator_node, refuges, refusals: BTreeMap::new(), gates: vec![] })
 }
 
 /// Adds the pods of the given nodes, and what was last said of their evictions.
 pub async fn pods(ctx: &Context, fleet: &mut Fleet, nodes: BTreeSet<String>) -> Result<(), ObserveError> {
     let budgets = Budgets::new(&ctx.stores.budgets.state());
-    let attachments = if nodes.is_empty() { vec![] } else { volumes::attachments(ctx).await? };
+    // Of nodes on trial only the pods matter.
+    let slots = fleet.image.status.iter().flat_map(|s| &s.slots);
+    let on_trial: BTreeSet<String> = slots.filter(|s| s.permitted.is_some()).map(|s| s.node.clone()).collect();
+    let attachments = if nodes.is_subset(&on_trial) { vec![] } else { volumes::attachments(ctx).await? };
     let mut lists = stream::iter(nodes)
         .map(|node| async move { list_pods(ctx, &node).await.map(|pods| (node, pods)) })
         .buffer_unordered(LISTS_AT_ONCE);
     while let Some((node, pods)) = lists.try_next().await? {
         if let Some(view) = fleet.nodes.get_mut(&node) {
-            view.attached = volumes::leaving(ctx, &node, &attachments, &pods).await?;
+            if !on_trial.contains(&node) {
+                view.attached = volumes::leaving(ctx, &node, &attachments, &pods).await?;
+            }
             let facts = |pod: &Pod| PodFacts { ourselves: is_own(ctx, pod), ..pod_facts(pod, &budgets) };
             view.pods = Some(pods.iter().map(facts).collect());
         }
@@ -161,7 +166,8 @@ fn assemble(image: &OSImage, selector: &Selector, seen: Seen) -> BTreeMap<String
     for node in &nodes {
         let name = node.name_any();
         let node_os = node_oses.remove(&name);
-        let view = NodeView { selected: selector.matches(node.labels()), node_os, ..node_view(node) };
+        let conditions = if slots.contains(name.as_str()) { conditions(node) } else { BTreeMap::new() };
+        let view = NodeView { selected: selector.matches(node.labels()), node_os, conditions, ..node_view(node) };
         let ours = view.node_os.as_ref().is_some_and(|n| n.spec.os_image.uid == uid);
         let cordoned = view.cordoned_by.as_deref() == Some(owner.as_str());
         let control_plane = view.labels.contains_key(names::CONTROL_PLANE_LABEL);
@@ -181,7 +187,13 @@ fn assemble(image: &OSImage, selector: &Selector, seen: Seen) -> BTreeMap<String
     views
 }
 
-/// What a decision reads of a Node. Whether it is selected, its NodeOS and its pods are added elsewhere.
+fn conditions(node: &Node) -> BTreeMap<String, String> {
+    let all = node.status.iter().flat_map(|s| s.conditions.iter().flatten());
+    all.map(|c| (c.type_.clone(), c.status.clone())).collect()
+}
+
+/// What a decision reads of a Node. Whether it is selected, its NodeOS, its pods and all its conditions are added
+/// elsewhere.
 pub fn node_view(node: &Node) -> NodeView {
     let status = node.status.as_ref();
     let ready = status
@@ -196,6 +208,7 @@ pub fn node_view(node: &Node) -> NodeView {
         kept_from_autoscalers: kept_from_autoscalers(node),
         added: added(node),
         ready,
+        conditions: BTreeMap::new(),
         unschedulable: node.spec.as_ref().and_then(|s| s.unschedulable).unwrap_or(false),
         cordoned_by: node.annotations().get(names::CORDONED_BY).cloned(),
         boot_id: status.and_then(|s| s.node_info.as_ref()).map(|info| info.boot_id.clone()).unwrap_or_default(),

@@ -52,7 +52,11 @@ async fn pass(name: &str, ctx: &Context) -> Result<Action, ReconcileError> {
     let now = Timestamp::now();
     let inspected = rollout::inspect(&fleet, now);
     observe::pods(ctx, &mut fleet, inspected).await?;
+    if rollout::asks_gates(&fleet, now) {
+        fleet.gates = ctx.gates.ask(&image.spec.rollout.gates).await;
+    }
 
+    let now = Timestamp::now();
     let plan = rollout::plan(&fleet, now);
 
     ctx.metrics.decided(name, &plan);

@@ -22,6 +22,7 @@ use crate::{
     args::Args,
     context::{Context, Own, Refusals},
     events::Teller,
+    gates::Gates,
     lease,
     metrics::Metrics,
     osimage_controller::{error_policy, reconcile},
@@ -69,6 +70,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         stores: stores.clone(),
         metrics: metrics.clone(),
         refusals: Refusals::default(),
+        gates: Gates::new(),
         own,
         leading: leading.clone(),
     });

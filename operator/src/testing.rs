@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use crate::{
     context::{Context, Refusals},
     events::Teller,
+    gates::Gates,
     metrics::Metrics,
     stores::Stores,
 };
@@ -87,6 +88,7 @@ pub fn context(client: Client, stores: Stores) -> Context {
         stores,
         metrics: Metrics::new(&Registry::new()).unwrap(),
         refusals: Refusals::default(),
+        gates: Gates::new(),
         own: crate::context::Own::default(),
         leading,
     }

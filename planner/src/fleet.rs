@@ -29,6 +29,28 @@ pub struct Fleet {
     pub refuges: BTreeSet<String>,
     /// What the API server last answered to evictions that it refused, by pod UID. Only for messages.
     pub refusals: BTreeMap<String, String>,
+    /// What the gates of `rollout.gates` said, where they were asked (see [`crate::rollout::asks_gates`]).
+    pub gates: Vec<GateFacts>,
+}
+
+/// What one gate said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GateFacts {
+    /// Its name.
+    pub name: String,
+    /// What it said.
+    pub state: GateState,
+}
+
+/// What a gate said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GateState {
+    /// Nodes may be started.
+    Open,
+    /// They may not, for this reason.
+    Closed(String),
+    /// It could not be asked, for this reason.
+    Unknown(String),
 }
 
 /// One node, as seen at one moment.
@@ -51,6 +73,8 @@ pub struct NodeView {
     pub added: BTreeSet<String>,
     /// Whether its Ready condition is true.
     pub ready: bool,
+    /// Its conditions, type to status, where it is in a slot.
+    pub conditions: BTreeMap<String, String>,
     /// Whether it is cordoned, by whomever.
     pub unschedulable: bool,
     /// Who cordoned it, when it was one of us: value of the annotation `osimage.dev/cordoned-by`.

@@ -534,7 +534,7 @@ impl Trial<'_> {
         if self.state.since_boot >= health.deadline.get() {
             let message = match (healthy, failing.is_empty()) {
                 (true, _) => format!(
-                    "healthy, but not acknowledged by the operator within {}: the API server could not be reached, or the node was not Ready",
+                    "healthy, but not acknowledged by the operator within {}: the API server could not be reached, the node was not Ready, or a check of the cluster did not hold",
                     health.deadline
                 ),
                 (false, true) => format!("checks had not held for {} within {}", health.soak, health.deadline),

@@ -12,6 +12,7 @@
 //! |---|---|
 //! | [`rollout`] | which node may be disrupted now, and what comes next for those that are |
 //! | [`gate`] | what may hold a node back, one file per reason |
+//! | [`checks`] | which health checks that only the cluster can make do not hold |
 //! | [`drain`] | which pods of a node to evict, and what blocks |
 //! | [`window`] | whether a maintenance window is open, and long enough |
 //! | [`status`] | what the OSImage says of all this |
@@ -20,6 +21,7 @@
 //! Nothing here knows a clock, a network, a file or a thread. Time is an argument.
 #![deny(missing_docs)]
 
+pub mod checks;
 pub mod drain;
 pub mod fleet;
 pub mod gate;

@@ -140,6 +140,10 @@ pub enum HoldReason {
     WaveNotApproved,
     /// No maintenance window is open, or none is long enough.
     WindowClosed,
+    /// One of `rollout.gates` is closed.
+    GateClosed,
+    /// One of `rollout.gates` could not be asked.
+    GateUnknown,
     /// No daemon has answered on the node.
     DaemonSilent,
     /// Another OSImage owns the node.
@@ -187,6 +191,8 @@ impl HoldReason {
             HoldReason::NodeDeferred => "NodeDeferred",
             HoldReason::WaveNotApproved => "WaveNotApproved",
             HoldReason::WindowClosed => "WindowClosed",
+            HoldReason::GateClosed => "GateClosed",
+            HoldReason::GateUnknown => "GateUnknown",
             HoldReason::DaemonSilent => "DaemonSilent",
             HoldReason::OwnedByOther => "OwnedByOther",
             HoldReason::NodeNotReady => "NodeNotReady",
@@ -214,6 +220,8 @@ impl HoldReason {
             | HoldReason::NodeDeferred
             | HoldReason::WaveNotApproved
             | HoldReason::WindowClosed
+            | HoldReason::GateClosed
+            | HoldReason::GateUnknown
             | HoldReason::NodeFailed
             | HoldReason::NodeLost
             | HoldReason::NodeProblem(_)

@@ -218,6 +218,8 @@ const fn needs_a_person(reason: HoldReason) -> bool {
         | HoldReason::NodeDeferred
         | HoldReason::WaveNotApproved
         | HoldReason::WindowClosed
+        | HoldReason::GateClosed
+        | HoldReason::GateUnknown
         | HoldReason::WaveNotOpen
         | HoldReason::WaveSoaking
         | HoldReason::TopologyBusy

@@ -117,6 +117,7 @@ fn slot(node: &str) -> Slot {
         since: Time(at(0)),
         permitted: None,
         withdrawn: None,
+        unproven: None,
         outcome: None,
         ended: None,
     }
@@ -130,6 +131,7 @@ fn fleet(nodes: impl IntoIterator<Item = NodeView>) -> Fleet {
         operator_node: None,
         refuges: BTreeSet::new(),
         refusals: BTreeMap::new(),
+        gates: vec![],
     }
 }
 

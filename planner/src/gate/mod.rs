@@ -9,6 +9,7 @@ use crate::{
 
 pub mod budget;
 pub mod control_plane;
+pub mod health;
 pub mod topology;
 pub mod wave;
 pub mod window;

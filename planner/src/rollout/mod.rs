@@ -7,7 +7,8 @@
 //! 1. the slot is written into the book (with the resourceVersion the OSImage was read at)
 //! 2. cordon, then evict, round by round, until nothing is left that has to go
 //! 3. `permitted` is written into the book, then the permit into the NodeOS (with its resourceVersion)
-//! 4. the host goes down, comes back, reports; when it is healthy and the Node is Ready, it is acknowledged
+//! 4. the host goes down, comes back, reports; when it is healthy, the Node is Ready and the checks of the cluster hold,
+//!    it is acknowledged; what keeps it from that is remembered in the slot
 //! 5. the outcome is written into the book; a failure is counted, and may reject the commit
 //! 6. uncordon what we cordoned; mark the attempt as released in the NodeOS
 //! 7. the slot is removed from the book
@@ -43,7 +44,7 @@ use osimage_crds::{
 };
 
 use crate::{
-    drain,
+    checks, drain,
     fleet::{Fleet, NodeView, PodFacts},
     gate,
     plan::{Change, Hold, HoldReason, Plan, Step},
@@ -70,7 +71,17 @@ const MAX_HISTORY: usize = 10;
 /// Rejected commits that are remembered, the newest first.
 const MAX_REJECTED: usize = 20;
 
-/// The nodes whose pods have to be known for [`plan`]: those being drained, and the next candidates.
+/// How soon to look again at a node that a check of the cluster keeps from being acknowledged. (Pods are not watched.)
+const PROOF_LOOK: Duration = Duration::from_secs(5);
+/// Nodes on trial whose pods are looked at in one pass.
+const MOST_PROOFS: usize = 50;
+/// Bytes of what is remembered of a node that is not acknowledged.
+const MAX_UNPROVEN: usize = 256;
+/// How soon to ask a gate again that is not open.
+const GATE_LOOK: Duration = Duration::from_secs(15);
+
+/// The nodes whose pods have to be known for [`plan`]: those being drained, those on trial that a check of pods keeps
+/// from being acknowledged, and the next candidates.
 pub fn inspect(fleet: &Fleet, now: Timestamp) -> BTreeSet<String> {
     let status = fleet.status();
     let draining = status.slots.iter().filter(|s| s.permitted.is_none() && s.outcome.is_none()).map(|s| s.node.clone());
@@ -78,7 +89,8 @@ pub fn inspect(fleet: &Fleet, now: Timestamp) -> BTreeSet<String> {
     draft.obey_retry();
     draft.keep_history();
     let order = draft.order();
-    let Ok(members) = gate::wave::membership(fleet, &order) else { return draining.collect() };
+    let busy = draining.chain(to_prove(fleet, now));
+    let Ok(members) = gate::wave::membership(fleet, &order) else { return busy.collect() };
     draft.book.slots = status.slots.clone();
     draft.count_waves(&members);
     let waves = draft.book.rollout.iter().flat_map(|r| r.waves.clone()).collect::<Vec<_>>();
@@ -88,7 +100,39 @@ pub fn inspect(fleet: &Fleet, now: Timestamp) -> BTreeSet<String> {
     let turn = usize::try_from(now.as_second().max(0)).unwrap_or(0) / LOOK_FURTHER.as_secs() as usize;
     let skip = (turn * LOOK_AHEAD).checked_rem(candidates.len()).filter(|_| candidates.len() > LOOK_AHEAD).unwrap_or(0);
     let next = candidates.iter().cycle().skip(skip).take(LOOK_AHEAD.min(candidates.len())).map(|n| n.name.clone());
-    draining.chain(next).collect()
+    busy.chain(next).collect()
+}
+
+/// Nodes whose hosts are healthy and that wait to be acknowledged, where a check asks for their pods.
+fn to_prove(fleet: &Fleet, now: Timestamp) -> Vec<String> {
+    if !checks::ask_for_pods(&fleet.image.spec.health.checks) {
+        return vec![];
+    }
+    let waits = |slot: &&Slot| {
+        let node_os = fleet.nodes.get(&slot.node).and_then(|n| n.node_os.as_ref());
+        let attempt = node_os.and_then(|n| n.status.as_ref()).and_then(|s| s.last_attempt.as_ref());
+        let healthy = attempt.is_some_and(|a| a.attempt == slot.attempt && a.state == AttemptState::Healthy);
+        let acknowledged = node_os.and_then(|n| n.spec.permit.as_ref()).is_some_and(|p| p.acknowledged);
+        slot.permitted.is_some() && slot.outcome.is_none() && healthy && !acknowledged
+    };
+    let status = fleet.image.status.as_ref();
+    let waiting: Vec<&Slot> = status.iter().flat_map(|s| &s.slots).filter(waits).collect();
+    // Where more wait than are looked at in a pass, each has its turn: the first may be held until their deadline.
+    let turn = usize::try_from(now.as_second().max(0)).unwrap_or(0) / PROOF_LOOK.as_secs() as usize;
+    let skip = (turn * MOST_PROOFS).checked_rem(waiting.len()).filter(|_| waiting.len() > MOST_PROOFS).unwrap_or(0);
+    let turn = waiting.iter().cycle().skip(skip).take(MOST_PROOFS.min(waiting.len()));
+    turn.map(|slot| slot.node.clone()).collect()
+}
+
+/// Whether a node would be started if every gate of `rollout.gates` were open: only then is there something to ask them.
+pub fn asks_gates(fleet: &Fleet, now: Timestamp) -> bool {
+    if fleet.image.spec.rollout.gates.is_empty() || !fleet.has_finalizer() {
+        return false;
+    }
+    let mut draft = Draft { gates: vec![], ..Draft::new(fleet, now) };
+    let before = draft.book.attempts;
+    draft.decide();
+    draft.book.attempts > before
 }
 
 /// Decides one pass.
@@ -98,13 +142,7 @@ pub fn plan(fleet: &Fleet, now: Timestamp) -> Plan {
         let steps = if fleet.deleting() { vec![] } else { vec![Step::AddFinalizer] };
         return Plan { status: fleet.status(), steps, holds: vec![], wake: None };
     }
-    draft.obey_retry();
-    draft.keep_history();
-    draft.forget_other_commits();
-    for slot in fleet.status().slots {
-        draft.advance(slot);
-    }
-    draft.reserve();
+    draft.decide();
     draft.look_after_the_rest();
     draft.finish()
 }
@@ -118,12 +156,26 @@ struct Draft<'a> {
     steps: Vec<Step>,
     holds: Vec<Hold>,
     wake: Option<Duration>,
+    /// Gates that are not open.
+    gates: Vec<Hold>,
 }
 
 impl<'a> Draft<'a> {
     fn new(fleet: &'a Fleet, now: Timestamp) -> Self {
         let book = OSImageStatus { slots: vec![], ..fleet.status() };
-        Draft { fleet, now, book, steps: vec![], holds: vec![], wake: None }
+        let gates = gate::health::check(&fleet.image.spec.rollout.gates, &fleet.gates);
+        Draft { fleet, now, book, steps: vec![], holds: vec![], wake: None, gates }
+    }
+
+    /// What is remembered, the slots, and who takes the next ones.
+    fn decide(&mut self) {
+        self.obey_retry();
+        self.keep_history();
+        self.forget_other_commits();
+        for slot in self.fleet.status().slots {
+            self.advance(slot);
+        }
+        self.reserve();
     }
 
     fn hold(&mut self, node: &str, reason: HoldReason, message: impl Into<String>) {

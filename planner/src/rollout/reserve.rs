@@ -162,6 +162,7 @@ impl<'a> Draft<'a> {
         let in_scope = |n: &&NodeView| n.selected || slots.contains(n.name.as_str());
         let mut down = Down::new(fleet.nodes.values().filter(in_scope), &slots);
         let mut everywhere = Down::new(fleet.nodes.values(), &slots);
+        let mut at_the_gates = false;
         for node in candidates {
             let held = gate::budget::check(node, &down, max)
                 .or_else(|| gate::control_plane::check(node, &everywhere, fleet))
@@ -179,9 +180,17 @@ impl<'a> Draft<'a> {
                 self.wake_in(BLOCKED_LOOK);
                 continue;
             }
+            if !self.gates.is_empty() {
+                at_the_gates = true;
+                continue;
+            }
             down.ours.insert(&node.name);
             everywhere.ours.insert(&node.name);
             self.take_slot(node);
+        }
+        if at_the_gates {
+            self.holds.append(&mut self.gates);
+            self.wake_in(GATE_LOOK);
         }
     }
 
@@ -196,6 +205,7 @@ impl<'a> Draft<'a> {
             since: whole_seconds(self.now),
             permitted: None,
             withdrawn: None,
+            unproven: None,
             outcome: None,
             ended: None,
         });

@@ -221,21 +221,54 @@ impl Draft<'_> {
         }
         match attempt.state {
             AttemptState::Healthy if acknowledged => {
+                slot.unproven = None;
                 self.hold(&node.name, HoldReason::Verifying, "is acknowledged; waits for the host to confirm");
             }
-            AttemptState::Healthy if proven => {
-                let permit = self.permit(slot, true);
-                self.update(node_os, Change::Acknowledge, |spec| spec.permit = Some(permit));
-                self.hold(&node.name, HoldReason::Verifying, "is healthy and is being acknowledged");
-            }
+            AttemptState::Healthy if proven => self.prove(slot, node, node_os),
             AttemptState::Healthy => {
+                slot.unproven = Some("the node is not Ready".into());
                 self.hold(&node.name, HoldReason::Verifying, "its host is healthy; waits for the node to be Ready");
             }
-            AttemptState::Armed | AttemptState::Verifying | AttemptState::RollingBack | AttemptState::Finished => {
+            AttemptState::Armed | AttemptState::Verifying => {
+                slot.unproven = None;
+                self.hold(&node.name, HoldReason::Verifying, attempt.message);
+            }
+            AttemptState::RollingBack | AttemptState::Finished => {
                 self.hold(&node.name, HoldReason::Verifying, attempt.message);
             }
         }
         self.watch_for_silence(slot, node);
+    }
+
+    /// Acknowledges a node whose host is healthy when the checks of the cluster hold, too; else remembers which do not,
+    /// because the host that goes back at its deadline cannot tell.
+    fn prove(&mut self, slot: &mut Slot, node: &NodeView, node_os: &NodeOS) {
+        let failing = match checks::verdict(node, &self.fleet.image.spec.health.checks) {
+            checks::Verdict::Holds => {
+                slot.unproven = None;
+                let permit = self.permit(slot, true);
+                self.update(node_os, Change::Acknowledge, |spec| spec.permit = Some(permit));
+                self.hold(&node.name, HoldReason::Verifying, "is healthy and is being acknowledged");
+                return;
+            }
+            checks::Verdict::PodsNotListed => {
+                self.hold(&node.name, HoldReason::Verifying, "its host is healthy; its pods have not been listed yet");
+                vec![]
+            }
+            checks::Verdict::Fails(failing) => failing,
+        };
+        if !failing.is_empty() {
+            let texts: Vec<&str> = failing.iter().map(|f| f.message.as_str()).collect();
+            slot.unproven = Some(bounded(&texts.join("; "), MAX_UNPROVEN));
+        }
+        let hold = |f: checks::Failing| Hold {
+            node: Some(node.name.clone()),
+            reason: HoldReason::Verifying,
+            object: Some(f.object),
+            message: f.message,
+        };
+        self.holds.extend(failing.into_iter().map(hold));
+        self.wake_in(PROOF_LOOK);
     }
 
     /// Past all deadlines the node counts as lost. Its slot is kept: it is down, whatever it is.
@@ -268,6 +301,11 @@ impl Draft<'_> {
                 slot.outcome = Some(SlotOutcome::Cancelled);
             }
             Outcome::NotFinalized | Outcome::FellBack | Outcome::RolledBack | Outcome::Lost => {
+                let unproven = slot.unproven.take().filter(|_| outcome == Outcome::RolledBack);
+                let message = unproven.map_or_else(
+                    || message.clone(),
+                    |why| format!("not acknowledged: {why}; its host says: {message}"),
+                );
                 self.count_failure(slot, outcome, message);
                 slot.outcome = Some(SlotOutcome::Failed);
             }
