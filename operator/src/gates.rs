@@ -250,8 +250,7 @@ mod tests {
             {"metric":{"__name__":"up","instance":"10.0.0.7:9100","job":"node"},"value":[1767225600.123,"0"]},
             {"metric":{"__name__":"up","instance":"10.0.0.3:9100","job":"node"},"value":[1767225600.123,"0"]}]}}"#;
         pub const NAMELESS: &str = r#"{"status":"success","data":{"resultType":"vector","result":[{"metric":{},"value":[1767225600.123,"12.5"]}]}}"#;
-        pub const SCALAR: &str =
-            r#"{"status":"success","data":{"resultType":"scalar","result":[1767225600.123,"1"]}}"#;
+        pub const SCALAR: &str = r#"{"status":"success","data":{"resultType":"scalar","result":[1767225600.123,"1"]}}"#;
         pub const PARTIAL: &str = r#"{"status":"success","data":{"resultType":"vector","result":[]},"warnings":["No StoreAPIs matched for this query"]}"#;
         pub const BAD_QUERY: &str = r#"{"status":"error","errorType":"bad_data","error":"invalid parameter \"query\": 1:4: parse error: unexpected end of input"}"#;
         pub const ALERTS: &str = r#"[
@@ -305,9 +304,7 @@ mod tests {
                 "a query that is none",
                 400,
                 captured::BAD_QUERY,
-                unknown(
-                    r#"it answers 400: invalid parameter "query": 1:4: parse error: unexpected end of input"#,
-                ),
+                unknown(r#"it answers 400: invalid parameter "query": 1:4: parse error: unexpected end of input"#),
             ),
             ("an error of something between", 502, "<html>Bad Gateway</html>", unknown("it answers 502")),
             ("something else", 200, "<html>Welcome</html>", unknown("it does not answer as Prometheus does")),
@@ -327,7 +324,12 @@ mod tests {
             ("three of two names", 200, captured::ALERTS, closed("firing: EtcdSlow, NodeDown (2)")),
             ("without a name", 200, r#"[{"labels":{"a":"b"}}]"#, closed(r#"firing: {a="b"}"#)),
             ("a bad matcher", 400, captured::BAD_MATCHER, unknown("it answers 400: bad matcher format: severity")),
-            ("the API of version 1", 200, r#"{"status":"success","data":[]}"#, unknown("it does not answer as Alertmanager does")),
+            (
+                "the API of version 1",
+                200,
+                r#"{"status":"success","data":[]}"#,
+                unknown("it does not answer as Alertmanager does"),
+            ),
             ("nothing at all", 200, "", unknown("it does not answer as Alertmanager does")),
             ("broken", 503, "", unknown("it answers 503")),
         ];
