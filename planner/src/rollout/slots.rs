@@ -186,8 +186,15 @@ impl Draft<'_> {
 
     /// The permit is taken back; the slot is kept until the daemon has seen that, or the node has rebooted.
     pub(super) fn withdraw(&mut self, slot: &mut Slot, node: &NodeView, node_os: &NodeOS, attempt: Option<Attempt>) {
-        if node_os.spec.permit.as_ref().is_some_and(|p| p.attempt == slot.attempt) {
-            self.update(node_os, Change::Withdraw, |spec| spec.permit = None);
+        let permitted = node_os.spec.permit.as_ref().is_some_and(|p| p.attempt == slot.attempt);
+        let released = node_os.spec.released.as_ref() == Some(&slot.attempt);
+        if permitted || !released {
+            // Written even where the permit never arrived: another operator may still be about to write it, by what it
+            // read before, and must be refused.
+            self.update(node_os, Change::Withdraw, |spec| {
+                spec.permit = None;
+                spec.released = Some(slot.attempt.clone());
+            });
         } else if node.daemon_is_current() && attempt.is_none() {
             let why = slot.withdrawn.clone().unwrap_or_default();
             return self.conclude(slot, node, Outcome::NeverRebooted, why);
