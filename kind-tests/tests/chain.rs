@@ -25,6 +25,7 @@ use osimage_kind_tests::{
     witness::{Seen, Witness, announce},
 };
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, SemaphorePermit, broadcast};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -856,7 +857,7 @@ async fn bad_input_is_refused_at_admission_with_the_field_and_the_fix() {
     let Some((product, _bed)) = product(1).await else { return };
     let v2 = product.images.v2.clone();
     type Edit = fn(&mut serde_json::Value);
-    let rows: [(&str, Edit, &str); 19] = [
+    let rows: [(&str, Edit, &str); 22] = [
         ("short commit", |o| o["spec"]["image"]["ostree"]["commit"] = json!("abc"), "spec.image.ostree.commit"),
         (
             "upper case",
@@ -923,7 +924,24 @@ async fn bad_input_is_refused_at_admission_with_the_field_and_the_fix() {
         (
             "check",
             |o| o["spec"]["health"]["checks"][0]["http"] = json!({"url": "http://127.0.0.1:1/"}),
-            "exactly one of exec, systemdUnit and http",
+            "exactly one of exec, systemdUnit, http, podsReady and nodeCondition",
+        ),
+        (
+            "gate",
+            |o| o["spec"]["rollout"] = json!({"gates": [{"name": "g"}]}),
+            "exactly one of prometheus and alertmanager",
+        ),
+        (
+            "gate's URL",
+            |o| o["spec"]["rollout"] = gate(json!({"prometheus": {"url": "http://me:secret@p:9090", "query": "up"}})),
+            "must not hold a user or password",
+        ),
+        (
+            "gate's matcher",
+            |o| {
+                o["spec"]["rollout"] = gate(json!({"alertmanager": {"url": "http://a:9093", "matchers": ["severity"]}}))
+            },
+            "each must be a matcher such as",
         ),
     ];
     for (fact, edit, said) in rows {
@@ -1049,6 +1067,160 @@ async fn a_daemon_s_token_writes_the_status_of_its_own_node_and_nothing_else() {
         let images: Api<OSImage> = Api::all(client);
         denied("reading OSImages", images.list(&Default::default()).await.is_err());
         Ok(())
+    };
+    explain(&product, run.await).await;
+}
+
+// ---- health of the cluster ----
+
+fn gate(what: serde_json::Value) -> serde_json::Value {
+    let mut gate = json!({"name": "alerts"});
+    gate.as_object_mut().unwrap().extend(what.as_object().unwrap().clone());
+    json!({"gates": [gate]})
+}
+
+/// Plays Alertmanager: answers every request with the body that the test sets, and remembers what was asked.
+struct Alertmanager {
+    url: String,
+    body: tokio::sync::watch::Sender<String>,
+    asked: std::sync::Arc<std::sync::Mutex<Vec<String>>>,
+}
+
+impl Alertmanager {
+    async fn start(body: &str) -> Result<Self> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let (body, answer) = tokio::sync::watch::channel(body.to_owned());
+        let asked = std::sync::Arc::new(std::sync::Mutex::new(vec![]));
+        let remembered = std::sync::Arc::clone(&asked);
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut request = vec![0; 4096];
+                let n = stream.read(&mut request).await.unwrap_or(0);
+                let line = String::from_utf8_lossy(&request[..n]).lines().next().unwrap_or_default().to_owned();
+                remembered.lock().unwrap().push(line);
+                let body = answer.borrow().clone();
+                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+                let _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
+            }
+        });
+        Ok(Alertmanager { url, body, asked })
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_firing_alert_holds_the_rollout_and_so_does_an_alertmanager_that_talks_nonsense() {
+    let Some((product, _bed)) = product(2).await else { return };
+    let run = async {
+        let alertmanager = Alertmanager::start("<html>not yet</html>").await?;
+        let (v2, before) = (product.images.v2.clone(), boots(&product));
+        let held = async |reason: &str, said: &str| -> Result<()> {
+            let status = product
+                .bed
+                .until(&format!("{reason} to be told"), MINUTE, || async {
+                    let status = product.osimage().await?.status.unwrap_or_default();
+                    let told = status.blockers.iter().any(|b| {
+                        let of_the_gate = b.reason == reason && b.object.as_deref() == Some("Gate alerts");
+                        of_the_gate && b.message.contains(said)
+                    });
+                    if !told || status.phase != Some(Phase::Waiting) {
+                        bail!("{:?}: {:?}", status.phase, status.blockers)
+                    }
+                    Ok(status)
+                })
+                .await?;
+            assert_eq!((status.attempts, status.failures.len()), (0, 0), "nothing was begun, and nothing failed");
+            Ok(())
+        };
+        let matchers = json!(["severity=\"critical\"", "alertname!=\"Watchdog\""]);
+        product
+            .apply(&v2, |o| {
+                o["spec"]["rollout"] = gate(json!({"alertmanager": {"url": alertmanager.url, "matchers": matchers}}))
+            })
+            .await?;
+        held("GateUnknown", "it does not answer as Alertmanager does").await?;
+        let alert = json!([{
+            "labels": {"alertname": "EtcdNoLeader", "severity": "critical"}, "annotations": {},
+            "status": {"state": "active", "silencedBy": [], "inhibitedBy": []},
+        }]);
+        alertmanager.body.send_replace(alert.to_string());
+        held("GateClosed", "firing: EtcdNoLeader").await?;
+        product.nothing_left().await?;
+        assert_eq!(boots(&product), before);
+        alertmanager.body.send_replace("[]".into());
+        product.wait_updated(&v2, LONG).await?;
+        let asked = alertmanager.asked();
+        let expected = "GET /api/v2/alerts?active=true&silenced=false&inhibited=false&filter=severity%3D%22critical%22&filter=alertname%21%3D%22Watchdog%22 HTTP/1.1";
+        assert!(asked.iter().all(|line| line == expected), "{asked:?}");
+        eprintln!("the gate was asked {} times", asked.len());
+        Ok(())
+    };
+    explain(&product, run.await).await;
+}
+
+/// A DaemonSet whose pods never get ready by themselves.
+const AGENT: &str = r#"
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: agent, namespace: default}
+spec:
+  selector: {matchLabels: {app: agent}}
+  updateStrategy: {type: OnDelete}
+  template:
+    metadata: {labels: {app: agent}, annotations: {testbed.osimage.dev/ready: "false"}}
+    spec:
+      tolerations: [{operator: Exists}]
+      containers: [{name: agent, image: agent}]
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_is_not_ready_on_the_new_system_sends_its_node_back_and_is_named() {
+    let Some((product, _bed)) = product(1).await else { return };
+    let run = async {
+        product.bed.plane.apply_yaml(AGENT).await?;
+        let v2 = product.images.v2.clone();
+        let checks = json!([
+            {"name": "self-test", "exec": {"command": ["/bin/true"]}},
+            {"name": "disk", "nodeCondition": {"type": "DiskPressure", "status": "False"}},
+            {"name": "agent", "podsReady": {"namespace": "default", "selector": {"matchLabels": {"app": "agent"}}}},
+        ]);
+        product.apply(&v2, |o| o["spec"]["health"]["checks"] = checks).await?;
+        let told = || async {
+            let image = product.osimage().await?.status.unwrap_or_default();
+            let unproven = image.slots.first().and_then(|s| s.unproven.clone()).unwrap_or_default();
+            if !unproven.contains("check agent: Pod default/agent-") || !image.message.contains("check agent") {
+                bail!("{unproven:?}: {}", image.message)
+            }
+            let node_os = product.node_os(&product.bed.nodes[0].name).await?;
+            let checks: Vec<String> = node_os
+                .status
+                .unwrap_or_default()
+                .checks
+                .into_iter()
+                .map(|c| format!("{} {}", c.name, c.passing))
+                .collect();
+            assert_eq!(checks, ["self-test true"], "the host makes its own checks, and no others");
+            Ok(())
+        };
+        product.bed.until("the check to be named while it is waited for", LONG, told).await?;
+        let status = product.wait_phase("Halted", &v2, LONG).await?.status.unwrap_or_default();
+        let failure = &status.failures[0];
+        assert_eq!(failure.outcome, Outcome::RolledBack);
+        for part in ["not acknowledged: check agent: Pod default/agent-", "is not Ready", "its host says"] {
+            assert!(failure.message.contains(part), "{part}: {}", failure.message);
+        }
+        eprintln!("{}", failure.message);
+        product.nothing_left().await?;
+        assert_eq!(product.bed.nodes[0].host.booted_commit()?, product.images.v1.checksum);
+        product
+            .kubectl(&["annotate", "pod", "-l", "app=agent", "--overwrite", "testbed.osimage.dev/ready=true"])
+            .await?;
+        product.kubectl(&["annotate", "osimage", "fleet", "osimage.dev/retry=the-agent-is-mended"]).await?;
+        product.wait_updated(&v2, LONG).await
     };
     explain(&product, run.await).await;
 }

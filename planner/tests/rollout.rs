@@ -2,7 +2,10 @@
 //! hold is named, what a message says, what is counted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use k8s_openapi::{
     apimachinery::pkg::{
@@ -16,14 +19,14 @@ use osimage_crds::{
     condition, names,
     nodeos::{Attempt, AttemptState, Deployment, OSImageRef, Outcome, Problem, ProblemReason},
     osimage::{
-        Approval, Drain, Failure, Health, Image, OSTreeImage, OnDrainTimeout, Phase, Reboot, Rollout, RolloutResult,
-        Slot, SlotOutcome, Verification, Wave,
+        Approval, Drain, Failure, Gate, Health, Image, OSTreeImage, OnDrainTimeout, Phase, Reboot, Rollout,
+        RolloutResult, Slot, SlotOutcome, Verification, Wave,
     },
     window::Window,
 };
 use osimage_planner::{
     Fleet, HoldReason, NodeView, Plan, Step,
-    fleet::{BudgetFacts, PodFacts},
+    fleet::{BudgetFacts, GateFacts, GateState, PodFacts},
     plan::Change,
     rollout,
 };
@@ -614,4 +617,197 @@ fn windows_that_cannot_be_understood_or_never_suffice_are_an_invalid_spec() {
         assert_eq!((slots(&plan), degraded(&plan)), (vec![], (true, "InvalidSpec")), "{said}");
         assert!(plan.status.message.contains(said), "{said}: {}", plan.status.message);
     }
+}
+
+// ---- health of the cluster ----
+
+fn gated(node: NodeView, states: &[GateState]) -> Fleet {
+    let mut fleet = fleet([node]);
+    for (index, state) in states.iter().enumerate() {
+        let name = format!("gate-{index}");
+        fleet.image.spec.rollout.gates.push(Gate { name: name.clone(), prometheus: None, alertmanager: None });
+        fleet.gates.push(GateFacts { name, state: state.clone() });
+    }
+    fleet
+}
+
+#[test]
+fn a_node_is_started_only_while_every_gate_is_open() {
+    let closed = || GateState::Closed("firing: NodeDown".into());
+    let unknown = || GateState::Unknown("no answer within 5 s".into());
+    for (fact, states, told) in [
+        ("none", vec![], vec![]),
+        ("all open", vec![GateState::Open, GateState::Open], vec![]),
+        ("one of two closed", vec![GateState::Open, closed()], vec!["GateClosed"]),
+        ("one closed, one silent", vec![unknown(), closed()], vec!["GateClosed", "GateUnknown"]),
+    ] {
+        let fleet = gated(node("a"), &states);
+        let plan = rollout::plan(&fleet, at(10));
+        assert_eq!(slots(&plan).len(), usize::from(told.is_empty()), "{fact}");
+        let blockers: Vec<&str> = plan.status.blockers.iter().map(|b| b.reason.as_str()).collect();
+        assert_eq!(blockers, told, "{fact}");
+        if told.is_empty() {
+            continue;
+        }
+        assert_eq!((plan.status.phase, degraded(&plan).0), (Some(Phase::Waiting), false), "{fact}");
+        assert!(plan.status.message.contains("NodeDown"), "{fact}: {}", plan.status.message);
+        assert_eq!(plan.wake, Some(Duration::from_secs(15)), "{fact}: it is asked again");
+        let again = rollout::plan(&with_status(fleet, plan.status.clone()), at(25));
+        assert_eq!(again.status, plan.status, "{fact}: what has not changed is not written");
+    }
+}
+
+#[test]
+fn gates_are_asked_only_when_a_node_could_be_started() {
+    let edit = |edit: fn(&mut Fleet)| {
+        let mut fleet = gated(node("a"), &[GateState::Open]);
+        fleet.gates.clear();
+        edit(&mut fleet);
+        fleet
+    };
+    for (fact, fleet, asks) in [
+        ("a node waits", edit(|_| {}), true),
+        ("there are no gates", edit(|f| f.image.spec.rollout.gates.clear()), false),
+        ("all is done", edit(|f| f.nodes = BTreeMap::from([("a".into(), updated("a"))])), false),
+        ("paused", edit(|f| f.image.spec.rollout.paused = true), false),
+        ("no window is open", edit(|f| f.image.spec.rollout.windows = vec![window("0 2 * * *", 3600)]), false),
+        (
+            "another node is down",
+            edit(|f| {
+                f.nodes.insert("b".into(), NodeView { ready: false, ..updated("b") });
+            }),
+            false,
+        ),
+        ("it is being deleted", edit(|f| f.image.metadata.deletion_timestamp = Some(Time(at(1)))), false),
+        ("its pods are not known", edit(|f| f.nodes.get_mut("a").unwrap().pods = None), false),
+    ] {
+        assert_eq!(rollout::asks_gates(&fleet, at(10)), asks, "{fact}");
+    }
+    let plan = rollout::plan(&edit(|_| {}), at(10));
+    assert_eq!(
+        (slots(&plan), reasons(&plan)),
+        (vec![], vec![HoldReason::GateUnknown]),
+        "one that was not asked is not open"
+    );
+}
+
+/// Node a after its reboot into the new commit, in this state of its attempt.
+fn on_trial(state: AttemptState, pods: Option<Vec<PodFacts>>) -> NodeView {
+    let mut node = NodeView { unschedulable: true, boot_id: "boot-2".into(), pods, ..updated("a") };
+    let attempt = slot("a");
+    status(&mut node).boot_id = Some("boot-2".into());
+    status(&mut node).last_attempt = Some(Attempt {
+        attempt: attempt.attempt,
+        commit: commit('2'),
+        previous: commit('1'),
+        boot_id: "boot-1".into(),
+        state,
+        outcome: None,
+        message: "m".into(),
+    });
+    node
+}
+
+fn checked(node: NodeView, slot: Slot) -> Fleet {
+    let mut fleet = in_slot(node, slot);
+    fleet.image.spec.health.checks = serde_json::from_value(serde_json::json!([
+        {"name": "host", "exec": {"command": ["true"]}},
+        {"name": "cni", "podsReady": {"selector": {"matchLabels": {"app": "cni"}}}},
+        {"name": "net", "nodeCondition": {"type": "NetworkUnavailable", "status": "False"}},
+    ]))
+    .unwrap();
+    fleet
+}
+
+fn cni(ready: bool) -> PodFacts {
+    let labels = BTreeMap::from([("app".into(), "cni".into())]);
+    PodFacts { namespace: "kube-system".into(), name: "cni-x".into(), ready, labels, ..PodFacts::default() }
+}
+
+#[test]
+fn a_healthy_host_is_acknowledged_only_when_the_checks_of_the_cluster_hold() {
+    let network = |mut node: NodeView, is: &str| {
+        node.conditions = BTreeMap::from([("NetworkUnavailable".to_owned(), is.to_owned())]);
+        node
+    };
+    let permitted = || Slot { permitted: Some(Time(at(5))), ..slot("a") };
+    let earlier = || Slot { unproven: Some("check cni: earlier".into()), ..permitted() };
+    let healthy = |ready| on_trial(AttemptState::Healthy, Some(vec![cni(ready)]));
+    let not_ready = "check cni: Pod kube-system/cni-x is not Ready";
+    let unavailable = "check net: condition NetworkUnavailable of Node a is True, not False";
+    let both = format!("{not_ready}; {unavailable}");
+    let verifying = on_trial(AttemptState::Verifying, Some(vec![cni(false)]));
+    let back = on_trial(AttemptState::RollingBack, Some(vec![cni(false)]));
+    let cut = on_trial(AttemptState::Healthy, None);
+    for (fact, node, slot, acknowledged, unproven) in [
+        ("all hold", network(healthy(true), "False"), earlier(), true, None),
+        ("a pod does not", network(healthy(false), "False"), permitted(), false, Some(not_ready)),
+        ("a condition does not", network(healthy(true), "True"), earlier(), false, Some(unavailable)),
+        ("neither does", network(healthy(false), "True"), permitted(), false, Some(both.as_str())),
+        (
+            "the node is not Ready",
+            NodeView { ready: false, ..network(healthy(true), "False") },
+            permitted(),
+            false,
+            Some("the node is not Ready"),
+        ),
+        ("pods were not listed this time", network(cut, "False"), earlier(), false, Some("check cni: earlier")),
+        ("the host is not healthy", network(verifying, "False"), earlier(), false, None),
+        ("the host goes back", network(back, "False"), earlier(), false, Some("check cni: earlier")),
+    ] {
+        let plan = rollout::plan(&checked(node, slot), at(10));
+        let told = plan.steps.iter().any(|s| matches!(s, Step::UpdateNodeOS { change: Change::Acknowledge, .. }));
+        assert_eq!((told, plan.status.slots[0].unproven.as_deref()), (acknowledged, unproven), "{fact}");
+        assert!(reasons(&plan).contains(&HoldReason::Verifying), "{fact}: {:?}", plan.holds);
+    }
+    let fleet = checked(network(healthy(false), "True"), permitted());
+    let plan = rollout::plan(&fleet, at(10));
+    let named: Vec<_> = plan.holds.iter().map(|h| h.object.as_deref()).collect();
+    assert_eq!(named, [Some("Pod kube-system/cni-x"), Some("Node a")], "each is named");
+    assert_eq!(plan.wake, Some(Duration::from_secs(5)), "pods are not watched");
+    assert_eq!(rollout::plan(&with_status(fleet, plan.status.clone()), at(11)).status, plan.status, "written once");
+}
+
+#[test]
+fn a_node_that_went_back_tells_which_check_of_the_cluster_did_not_hold() {
+    let why = "check cni: Pod kube-system/cni-x is not Ready";
+    for (fact, outcome, unproven, said) in [
+        ("a check did not hold", Outcome::RolledBack, Some(why), format!("not acknowledged: {why}; its host says: m")),
+        ("the host found it", Outcome::RolledBack, None, "m".to_owned()),
+        ("it fell back by itself", Outcome::FellBack, Some(why), "m".to_owned()),
+    ] {
+        let mut back = on_trial(AttemptState::Finished, None);
+        status(&mut back).last_attempt.as_mut().unwrap().outcome = Some(outcome);
+        let slot = Slot { permitted: Some(Time(at(5))), unproven: unproven.map(str::to_owned), ..slot("a") };
+        let plan = rollout::plan(&checked(back, slot), at(90));
+        assert_eq!(plan.status.failures[0].message, said, "{fact}");
+    }
+}
+
+#[test]
+fn pods_are_listed_for_nodes_that_wait_to_be_acknowledged_and_each_has_its_turn() {
+    let permitted = || Slot { permitted: Some(Time(at(5))), ..slot("a") };
+    for (fact, state, listed) in
+        [("healthy", AttemptState::Healthy, true), ("still checked by its host", AttemptState::Verifying, false)]
+    {
+        let fleet = checked(on_trial(state, None), permitted());
+        assert_eq!(rollout::inspect(&fleet, at(10)).contains("a"), listed, "{fact}");
+    }
+    let mut unasked = checked(on_trial(AttemptState::Healthy, None), permitted());
+    unasked.image.spec.health.checks.retain(|c| c.pods_ready.is_none());
+    assert!(rollout::inspect(&unasked, at(10)).is_empty(), "no check asks for pods");
+
+    let mut many = checked(on_trial(AttemptState::Healthy, None), permitted());
+    let names: Vec<String> = (0..120).map(|n| format!("n{n:03}")).collect();
+    let view = |name: &String| NodeView { name: name.clone(), ..on_trial(AttemptState::Healthy, None) };
+    many.nodes = names.iter().map(|n| (n.clone(), view(n))).collect();
+    let slots = names.iter().map(|n| Slot { node: n.clone(), ..permitted() }).collect();
+    many.image.status = Some(OSImageStatus { slots, ..OSImageStatus::default() });
+    let mut seen = BTreeSet::new();
+    for second in [0, 5, 10] {
+        let listed = rollout::inspect(&many, at(second));
+        assert_eq!(listed.len(), 50, "bounded");
+        seen.extend(listed);
+    }
+    assert_eq!(seen.len(), 120, "none is left out");
 }
