@@ -811,3 +811,25 @@ fn pods_are_listed_for_nodes_that_wait_to_be_acknowledged_and_each_has_its_turn(
     }
     assert_eq!(seen.len(), 120, "none is left out");
 }
+
+#[test]
+fn a_permit_is_withdrawn_in_writing_even_where_it_never_arrived() {
+    // Another operator may be about to write the permit, by what it read before: that write has to be refused.
+    let withdrawn = || {
+        let mut slot = slot("a");
+        slot.permitted = Some(Time(at(0)));
+        slot.withdrawn = Some("did not reboot".into());
+        in_slot(node("a"), slot)
+    };
+    let mut fleet = withdrawn();
+    let plan = rollout::plan(&fleet, at(100));
+    let [Step::UpdateNodeOS { object, change: Change::Withdraw }] = &plan.steps[..] else { panic!("{:?}", plan.steps) };
+    assert_eq!(object.spec.released, Some(slot("a").attempt));
+    assert_eq!(plan.status.slots[0].outcome, None, "the slot is kept until the daemon has seen it");
+
+    let node_os = fleet.nodes.get_mut("a").unwrap().node_os.as_mut().unwrap();
+    node_os.spec.released = Some(slot("a").attempt);
+    assert_eq!(rollout::plan(&fleet, at(100)).status.slots[0].outcome, Some(SlotOutcome::Cancelled), "it has seen it");
+    fleet.nodes.get_mut("a").unwrap().node_os.as_mut().unwrap().metadata.generation = Some(2);
+    assert_eq!(rollout::plan(&fleet, at(100)).status.slots[0].outcome, None, "it has not heard of it yet");
+}

@@ -55,6 +55,8 @@ use crate::{
 const LOOK_AHEAD: usize = 10;
 /// How long a node may be silent past reboot timeout and health deadline before it counts as lost.
 const LOST_GRACE: Duration = Duration::from_secs(30);
+/// How long a drain may be held by budgets before that is told as a blocker.
+const DRAIN_BLOCKED_AFTER: Duration = Duration::from_secs(15);
 /// How often the next candidates behind those that cannot be drained are looked at.
 const LOOK_FURTHER: Duration = Duration::from_secs(60);
 /// How soon to look again at candidates that cannot be drained. (Budgets are watched; pods are not.)

@@ -98,7 +98,10 @@ impl Draft<'_> {
         }
         if let Some(waits) = drain_waits(&verdict, &node.attached) {
             self.hold(&node.name, HoldReason::Draining, waits);
-            self.holds.extend(verdict.blocked.into_iter().chain(verdict.refused));
+            // That a budget lets pods go one after another is the ordinary course; it is told when it takes long.
+            if self.due(after(slot.since.0, DRAIN_BLOCKED_AFTER)) {
+                self.holds.extend(verdict.blocked.into_iter().chain(verdict.refused));
+            }
             if !self.drain_is_overdue(slot, node, pods) {
                 return;
             }
