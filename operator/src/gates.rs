@@ -243,7 +243,7 @@ mod tests {
 
     use super::*;
 
-    /// What the two answer, as captured.
+    /// What the two answer.
     mod captured {
         pub const EMPTY: &str = r#"{"status":"success","data":{"resultType":"vector","result":[]}}"#;
         pub const VECTOR: &str = r#"{"status":"success","data":{"resultType":"vector","result":[
