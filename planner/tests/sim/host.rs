@@ -11,6 +11,7 @@ use osimage_planner::host::{GuardResult, HostDeployment, HostPlan, HostState, Ho
 use crate::mutant::Mutant;
 
 /// What survives on the host, and what the running daemon remembers.
+#[derive(Clone, Debug)]
 pub struct Host {
     pub name: String,
     // -- on disk
@@ -35,6 +36,7 @@ pub struct Host {
     pub must_pull: u32,
 }
 
+#[derive(Clone, Debug)]
 enum Memory {
     Unknown,
     Nothing,

@@ -513,10 +513,11 @@ impl World {
         let back = if self.chance(self.faults.stale, 50) { self.rng.usize(0..20) } else { 0 };
         let allowed = if self.faulty() { self.rng.i32(0..2) } else { 1 };
         let cached = if back == 0 { &self.api.now } else { self.api.cached(back) };
-        let names: BTreeSet<&Rc<str>> = cached.nodes.keys().chain(cached.node_oses.keys()).collect();
         // Nodes in slots are read from the API server itself, at the same version of the slot book.
         let book = self.api.now.image.status.clone().unwrap_or_default();
         let in_slot = |n: &str| book.slots.iter().any(|s| s.node == n);
+        let mut names: BTreeSet<&str> = cached.nodes.keys().chain(cached.node_oses.keys()).map(|n| &**n).collect();
+        names.extend(book.slots.iter().map(|s| s.node.as_str()));
         let view = |n: &str| if in_slot(n) { self.api.now.view(n) } else { cached.view(n) };
         let nodes = names.into_iter().map(|n| (n.to_string(), view(n)));
         let mut fleet = Fleet {
