@@ -553,7 +553,7 @@ impl Model for Bounds {
                 // Of many states a fixed part: each costs as much as a hundred others.
                 let mut hasher = std::hash::DefaultHasher::new();
                 state.hash(&mut hasher);
-                if hasher.finish() % 256 != 0 {
+                if !hasher.finish().is_multiple_of(256) {
                     return true;
                 }
                 // A person that never gives a node back holds the budget for ever.

@@ -99,7 +99,7 @@ fn node(image: &OSImage, number: usize, of: usize) -> NodeView {
         observed_generation: Some(1),
         boot_id: Some(boot_id.clone()),
         booted: Some(Deployment { commit: commit(if updated { '2' } else { '1' }), version: None, pinned: false }),
-        pulled: (number % 3 != 0 || updated).then(|| commit('2')),
+        pulled: (!number.is_multiple_of(3) || updated).then(|| commit('2')),
         message: "holds 222222222222 and waits for its turn".into(),
         ..NodeOSStatus::default()
     });
