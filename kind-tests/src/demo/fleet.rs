@@ -320,3 +320,149 @@ impl NodeTrack {
         self.node_os.as_ref().and_then(|o| o.status.as_ref()).map_or("", |s| &s.message)
     }
 }
+
+#[cfg(test)]
+pub mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const OLD: &str = "1111111111111111111111111111111111111111111111111111111111111111";
+    const NEW: &str = "2222222222222222222222222222222222222222222222222222222222222222";
+
+    fn node(cordoned: bool, ready: bool) -> Node {
+        let ready = if ready { "True" } else { "Unknown" };
+        serde_json::from_value(json!({
+            "metadata": {"name": "node-1"},
+            "spec": {"unschedulable": cordoned},
+            "status": {"conditions": [{"type": "Ready", "status": ready}]},
+        }))
+        .unwrap()
+    }
+
+    fn node_os(phase: &str, booted: &str) -> NodeOS {
+        serde_json::from_value(json!({
+            "apiVersion": "osimage.dev/v1alpha1", "kind": "NodeOS", "metadata": {"name": "node-1"},
+            "spec": {"osImage": {"name": "demo", "uid": "u"}},
+            "status": {
+                "phase": phase, "pulled": NEW, "message": "one line that is rather long, as messages may be",
+                "booted": {"commit": booted, "version": "1"},
+                "pull": {"bytes": 400_000, "totalBytes": 900_000},
+            },
+        }))
+        .unwrap()
+    }
+
+    fn image(status: Value) -> OSImage {
+        let mut object = json!({
+            "apiVersion": "osimage.dev/v1alpha1", "kind": "OSImage", "metadata": {"name": "demo", "generation": 2},
+            "spec": {"nodeSelector": {}, "image": {"ostree": {
+                "url": "http://127.0.0.1:1", "commit": NEW, "verification": {"insecureSkip": true},
+            }}},
+            "status": status,
+        });
+        object["status"]["observedGeneration"] = json!(2);
+        serde_json::from_value(object).unwrap()
+    }
+
+    /// One node of two that downloads.
+    pub fn pulling() -> Fleet {
+        let mut fleet = Fleet::default();
+        fleet.note_node(node(true, true), Instant::now());
+        fleet.note_node_os(node_os("Pulling", OLD));
+        fleet.image =
+            Some(image(json!({"phase": "Progressing", "progress": "0/1", "message": "words and words ".repeat(30)})));
+        let told = |n: u64| Told {
+            at: Duration::from_secs(n),
+            warning: n.is_multiple_of(2),
+            reason: "NodeDrained".into(),
+            note: "a node is drained and so on and on ".repeat(5),
+        };
+        fleet.told = (0..9).map(told).collect();
+        fleet
+    }
+
+    #[test]
+    fn a_stage_follows_from_slot_node_and_daemon() {
+        let slot = |more: Value| {
+            let mut slot = json!({"node": "node-1", "attempt": "u-1", "commit": NEW, "bootID": "b", "since": "2026-01-01T00:00:00Z"});
+            if let (Some(slot), Value::Object(more)) = (slot.as_object_mut(), more) {
+                slot.extend(more);
+            }
+            json!({"slots": [slot]})
+        };
+        let now = "2026-01-01T00:00:01Z";
+        let permitted = || slot(json!({"permitted": now}));
+        let failure = json!({"failures": [{"node": "node-1", "attempt": "u-1", "commit": NEW, "outcome": "RolledBack", "message": "", "time": now}]});
+        let rejected = json!({"rejected": [{"commit": NEW, "message": "", "time": now}]});
+        let (free, cordoned, down) = ((false, true), (true, true), (true, false));
+        let rows = [
+            (json!({}), free, "Idle", OLD, Stage::Waiting),
+            (json!({}), free, "Pulling", OLD, Stage::Pulling),
+            (json!({}), free, "Pulled", OLD, Stage::Pulled),
+            (json!({}), free, "Idle", NEW, Stage::Updated),
+            (slot(json!({})), free, "Pulled", OLD, Stage::Cordoning),
+            (slot(json!({})), cordoned, "Pulled", OLD, Stage::Draining),
+            (permitted(), cordoned, "Pulled", OLD, Stage::Staging),
+            (permitted(), down, "Rebooting", OLD, Stage::Rebooting),
+            (permitted(), down, "Staging", OLD, Stage::Rebooting),
+            (permitted(), cordoned, "Verifying", NEW, Stage::Verifying),
+            (permitted(), cordoned, "Healthy", NEW, Stage::Healthy),
+            (permitted(), down, "RollingBack", NEW, Stage::RollingBack),
+            (slot(json!({"permitted": now, "outcome": "Failed"})), cordoned, "Failed", OLD, Stage::Releasing),
+            (failure, free, "Failed", OLD, Stage::Failed(Outcome::RolledBack)),
+            (rejected, free, "Idle", OLD, Stage::Spared),
+        ];
+        for (status, (unschedulable, ready), phase, booted, expected) in rows {
+            let mut fleet = Fleet::default();
+            fleet.note_node(node(unschedulable, ready), Instant::now());
+            fleet.note_node_os(node_os(phase, booted));
+            fleet.image = Some(image(status.clone()));
+            assert_eq!(fleet.stage("node-1"), expected, "{phase} with {status}");
+        }
+        assert_eq!(Fleet::default().stage("node-1"), Stage::Unknown);
+    }
+
+    #[test]
+    fn time_down_is_that_of_cordoned_or_not_ready() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut fleet = Fleet::default();
+        for (second, cordoned, ready) in
+            [(0, false, true), (1, true, true), (3, true, false), (4, true, true), (6, false, true), (10, false, false)]
+        {
+            fleet.note_node(node(cordoned, ready), at(second));
+        }
+        assert_eq!(fleet.nodes["node-1"].down(at(12)), Duration::from_secs(7));
+        fleet.begin();
+        assert_eq!(fleet.nodes["node-1"].down(at(12)), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_lowest_number_of_available_replicas_is_remembered_over_a_new_list() {
+        let pod = |uid: &str, ready: bool, leaving: bool| -> Box<Pod> {
+            let ready = if ready { "True" } else { "False" };
+            let leaves = leaving.then_some("2026-01-01T00:00:00Z");
+            let pod = json!({
+                "metadata": {"uid": uid, "deletionTimestamp": leaves},
+                "status": {"conditions": [{"type": "Ready", "status": ready}]},
+            });
+            Box::new(serde_json::from_value(pod).unwrap())
+        };
+        let mut workload = Workload::default();
+        workload.note(PodChange::Changed(pod("a", true, false)));
+        workload.note(PodChange::Changed(pod("b", true, false)));
+        assert_eq!((workload.available(), workload.lowest()), (2, None));
+        workload.remember();
+        workload.note(PodChange::ListBegins);
+        workload.note(PodChange::Listed(pod("a", true, false)));
+        workload.note(PodChange::Listed(pod("b", true, false)));
+        workload.note(PodChange::ListEnds);
+        assert_eq!(workload.lowest(), Some(2), "a list is taken as a whole");
+        workload.note(PodChange::Changed(pod("a", true, true)));
+        workload.note(PodChange::Gone(pod("a", true, true)));
+        workload.note(PodChange::Changed(pod("c", false, false)));
+        workload.note(PodChange::Changed(pod("c", true, false)));
+        assert_eq!((workload.available(), workload.lowest()), (2, Some(1)));
+    }
+}

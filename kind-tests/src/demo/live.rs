@@ -94,7 +94,7 @@ impl<'a> View<'a> {
         rows.into_iter().map(|row| vec![span(paint, row)]).collect()
     }
 
-    /// `node-1  Pulling      [=====     ]  42%  0.4/0.9 MB  version 1  cordoned  3.1s  message`
+    /// `node-1  Pulling     █████░░░░░  42%  400 kB of 900 kB  v1  cordoned  down  3.1s  message`
     fn node(&self, fleet: &Fleet, name: &str, track: &NodeTrack, columns: usize, now: Instant) -> Line {
         let stage = fleet.stage(name);
         let wide = columns >= 110;
@@ -111,7 +111,7 @@ impl<'a> View<'a> {
             span(Paint::Plain, percent.map_or(" ".repeat(5), |p| format!("{p:>4}%"))),
         ];
         if wide {
-            line.push(span(Paint::Dim, format!("  {amount:<12}")));
+            line.push(span(Paint::Dim, format!("  {amount:<16}")));
         }
         line.extend([
             span(Paint::Plain, format!("  v{:<3}", track.version().unwrap_or("-"))),
@@ -204,14 +204,17 @@ fn progress(track: &NodeTrack, stage: Stage) -> (Option<u64>, String) {
         return (None, String::new());
     }
     let done = !matches!(stage, Stage::Unknown | Stage::Waiting | Stage::Pulling | Stage::Problem);
-    let megabytes = |bytes: i64| bytes as f64 / 1e6;
     let Some((bytes, total)) = track.pulled else { return (done.then_some(100), String::new()) };
     let whole = total.unwrap_or(bytes).max(bytes);
     if done {
-        return (Some(100), format!("{:.1} MB", megabytes(whole)));
+        return (Some(100), size(whole));
     }
     let percent = (bytes.max(0).unsigned_abs() * 100).checked_div(whole.unsigned_abs()).map(|p| p.min(99));
-    (percent, format!("{:.1}/{:.1} MB", megabytes(bytes), megabytes(whole)))
+    (percent, format!("{} of {}", size(bytes), size(whole)))
+}
+
+fn size(bytes: i64) -> String {
+    if bytes < 1_000_000 { format!("{} kB", bytes / 1000) } else { format!("{:.1} MB", bytes as f64 / 1e6) }
 }
 
 fn bar(percent: Option<u64>, width: usize, unicode: bool) -> String {
@@ -222,4 +225,36 @@ fn bar(percent: Option<u64>, width: usize, unicode: bool) -> String {
 
 fn down(time: Duration) -> String {
     if time.is_zero() { " ".repeat(10) } else { format!("down{:>5.1}s", time.as_secs_f64()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fleet::tests::pulling;
+    use super::*;
+
+    #[test]
+    fn the_block_fits_the_screen() {
+        let console = Console::new(true);
+        let view = View::new(&console, 5, 2);
+        for (columns, rows) in [(40, 12), (80, 24), (110, 30), (200, 60)] {
+            let block = view.block(&pulling(), columns, rows, Instant::now());
+            assert!(block.len() < rows, "{} lines on {rows} rows", block.len());
+            for line in &block {
+                let width: usize = line.iter().map(|s| s.text.chars().count()).sum();
+                assert!(width < columns, "{width} on {columns}: {line:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_download_is_told_in_percent_and_bytes() {
+        let fleet = pulling();
+        let track = &fleet.nodes["node-1"];
+        assert_eq!(progress(track, Stage::Pulling), (Some(44), "400 kB of 900 kB".into()));
+        assert_eq!(progress(track, Stage::Rebooting), (Some(100), "900 kB".into()));
+        assert_eq!(progress(track, Stage::Spared), (None, String::new()));
+        assert_eq!(progress(&NodeTrack::default(), Stage::Waiting), (None, String::new()));
+        assert_eq!(bar(Some(44), 10, false), "####......");
+        assert_eq!(size(1_250_000), "1.2 MB");
+    }
 }

@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use osimage_crds::{NodeOS, OSImageStatus, osimage::Phase};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use osimage_crds::nodeos::Outcome;
+use osimage_crds::osimage::{Health, Phase};
+use osimage_crds::{NodeOS, OSImage, OSImageStatus};
 
 use super::console::Console;
 use super::example;
@@ -36,6 +39,7 @@ const EVENTS_SHOWN: usize = 6;
 pub async fn run(console: &Arc<Console>, files: &Scratch) -> Result<()> {
     let product = set_up(console).await?;
     let result = async {
+        install(console, &product).await?;
         let mut demo = Demo::begin(console, &product, files).await?;
         let first = demo.good_update().await?;
         demo.bad_update(first).await
@@ -86,13 +90,16 @@ async fn set_up(console: &Arc<Console>) -> Result<Product> {
     )
     .await?;
 
+    Ok(product)
+}
+
+async fn install(console: &Console, product: &Product) -> Result<()> {
     console.step("The product: chart, operator, a daemon on each node");
     console
         .command(&format!("helm install osimage-operator charts/osimage-operator -n {NAMESPACE} --create-namespace"));
     product.install().await?;
     product.start_daemons().await?;
-    product.start_operator("operator-0").await?;
-    Ok(product)
+    product.start_operator("operator-0").await.map(drop)
 }
 
 /// Types a command of kubectl and shows what it prints.
@@ -169,7 +176,7 @@ impl<'a> Demo<'a> {
 
     async fn bad_update(&mut self, first: First) -> Result<()> {
         let commit = &self.product.images.v3;
-        self.console.step(&format!("Version {}: bad. A node has 20 s to prove itself", commit.version));
+        self.console.step(&format!("Version {}: bad. It boots, and its health checks fail", commit.version));
         let boots = self.boots()?;
         self.roll_out(commit, |status| match status.phase {
             Some(Phase::Halted) => Some(Ok(())),
@@ -191,39 +198,52 @@ impl<'a> Demo<'a> {
 
     /// Applies the example with this commit and shows the rollout until `over` has an answer.
     async fn roll_out(&self, commit: &OsCommit, over: impl Fn(&OSImageStatus) -> Option<Result<()>>) -> Result<()> {
-        let (images, url) = (&self.product.images, self.product.server.url());
-        let filled =
-            example::fill(&example::read("osimage.yaml")?, &url, &commit.checksum, &images.key.public_armored)?;
-        let file = self.files.path().join(format!("osimage-{}.yaml", commit.version));
-        std::fs::write(&file, &filled)?;
         self.follower.edit(Fleet::begin);
         let told = self.follower.look(|fleet| fleet.told.len());
-        apply(self.console, self.product, "osimage.yaml", &file.display().to_string()).await?;
-        self.console.more(&format!("    url: {url}"));
-        self.console.more(&format!(
-            "    commit: {}… (version {}), to be signed by {}",
-            short(commit),
-            commit.version,
-            key(images)
-        ));
-        self.console.more("    maxUnavailable: 1, health: deadline 20s, soak 2s, two checks");
+        self.apply_osimage(commit).await?;
         let mut view = View::new(self.console, self.least, told);
         let begin = Instant::now();
-        loop {
+        let answer = loop {
             let answer = self.follower.look(|fleet| {
                 view.show(fleet);
                 current(fleet, commit).and_then(&over)
             });
             if let Some(answer) = answer {
-                self.console.settle();
-                return answer;
+                break answer;
+            }
+            if self.product.bed.operator(0)?.pid().is_none() {
+                break Err(anyhow!("the operator has ended"));
             }
             if begin.elapsed() > ROLLOUT_TIMEOUT {
-                self.console.settle();
-                bail!("the rollout of version {} was not over after {ROLLOUT_TIMEOUT:?}", commit.version);
+                let last = self.status().map(|s| s.message).unwrap_or_default();
+                break Err(anyhow!("version {} is not out after {ROLLOUT_TIMEOUT:?}: {last}", commit.version));
             }
             tokio::time::sleep(TICK).await;
+        };
+        self.console.settle();
+        answer
+    }
+
+    /// `kubectl apply` of the example, and what matters in it.
+    async fn apply_osimage(&self, commit: &OsCommit) -> Result<()> {
+        let (images, url) = (&self.product.images, self.product.server.url());
+        let example = example::read("osimage.yaml")?;
+        let filled = example::fill(&example, &url, &commit.checksum, &images.key.public_armored)?;
+        let file = self.files.path().join(format!("osimage-{}.yaml", commit.version));
+        std::fs::write(&file, &filled)?;
+        apply(self.console, self.product, "osimage.yaml", &file.display().to_string()).await?;
+        let spec = serde_saphyr::from_str::<OSImage>(&filled)?.spec;
+        let Health { deadline, soak, checks } = &spec.health;
+        let names: Vec<&str> = checks.iter().map(|c| c.name.as_str()).collect();
+        for line in [
+            format!("url: {url}"),
+            format!("commit: {}… (version {}), signed by {}", short(commit), commit.version, key(images)),
+            format!("maxUnavailable: {}", budget(&spec.rollout.max_unavailable)),
+            format!("health: deadline {deadline}, soak {soak}, checks {}", names.join(" and ")),
+        ] {
+            self.console.more(&format!("    {line}"));
         }
+        Ok(())
     }
 
     fn conclude(&self, first: First, second: Vec<Experience>) -> Result<()> {
@@ -276,6 +296,13 @@ impl<'a> Demo<'a> {
     }
 }
 
+fn budget(value: &IntOrString) -> String {
+    match value {
+        IntOrString::Int(n) => n.to_string(),
+        IntOrString::String(text) => text.clone(),
+    }
+}
+
 async fn apply(console: &Console, product: &Product, name: &str, file: &str) -> Result<()> {
     console.command(&format!("kubectl apply -f {}", example::path(name)));
     console.output(&product.kubectl(&["apply", "-f", file]).await?);
@@ -288,7 +315,7 @@ fn current<'f>(fleet: &'f Fleet, commit: &OsCommit) -> Option<&'f OSImageStatus>
     fleet.status().filter(|s| asked == commit.checksum && s.slots.is_empty())
 }
 
-fn outcome_of(node_os: &NodeOS, commit: &OsCommit) -> Option<osimage_crds::nodeos::Outcome> {
+fn outcome_of(node_os: &NodeOS, commit: &OsCommit) -> Option<Outcome> {
     let attempt = node_os.status.as_ref()?.last_attempt.as_ref()?;
     (attempt.commit.as_str() == commit.checksum).then_some(attempt.outcome)?
 }
