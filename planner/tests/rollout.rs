@@ -833,3 +833,14 @@ fn a_permit_is_withdrawn_in_writing_even_where_it_never_arrived() {
     fleet.nodes.get_mut("a").unwrap().node_os.as_mut().unwrap().metadata.generation = Some(2);
     assert_eq!(rollout::plan(&fleet, at(100)).status.slots[0].outcome, None, "it has not heard of it yet");
 }
+
+#[test]
+fn a_slot_of_another_boot_gets_neither_cordon_nor_permit() {
+    // As the kubelet tells; the daemon has not been heard yet. It may be another machine that took the name.
+    let mut node = node("a");
+    node.boot_id = "boot-2".into();
+    let plan = rollout::plan(&in_slot(node.clone(), slot("a")), at(10));
+    assert_eq!((plan.status.slots[0].outcome, plan.steps), (Some(SlotOutcome::Cancelled), vec![]));
+    let permitted = Slot { permitted: Some(Time(at(5))), ..slot("a") };
+    assert_eq!(rollout::plan(&in_slot(node, permitted), at(10)).steps, []);
+}

@@ -64,7 +64,9 @@ impl Draft<'_> {
         let pulled = node_os.status.as_ref().and_then(|s| s.pulled.as_ref()) == Some(&slot.commit);
         let assigned = commit_of(&node_os.spec) == Some(&slot.commit) && node_os.spec.os_image.uid == self.fleet.uid();
         let dropped = !assigned || (node.daemon_is_current() && !pulled);
-        if dropped || self.unwanted(slot, node) {
+        // The kubelet may be heard before the daemon, and may be another machine's that took the name, in another zone.
+        let rebooted = !node.boot_id.is_empty() && node.boot_id != slot.boot_id;
+        if dropped || rebooted || self.unwanted(slot, node) {
             slot.outcome = Some(SlotOutcome::Cancelled);
             return;
         }
@@ -176,7 +178,8 @@ impl Draft<'_> {
         }
         let permitted = node_os.spec.permit.as_ref().is_some_and(|p| p.attempt == slot.attempt);
         let released = node_os.spec.released.as_ref() == Some(&slot.attempt);
-        if !permitted && !released {
+        // One that is on another boot would not obey it; it may even be another machine of that name, with pods.
+        if !permitted && !released && !rebooted {
             let permit = self.permit(slot, false);
             self.update(node_os, Change::Permit, |spec| spec.permit = Some(permit));
         }

@@ -61,7 +61,7 @@ fn everything(seed: u64) -> Faults {
         clock_jumps: true,
         churn: true,
         nodes: (1, 6),
-        bad_commit: seed % 4 == 0,
+        bad_commit: seed.is_multiple_of(4),
         broken: None,
     }
 }
@@ -88,7 +88,12 @@ fn two_operators_at_once_break_nothing() {
 
 #[test]
 fn hosts_that_fall_back_hang_or_fall_silent_break_nothing() {
-    run("hosts", |seed| Faults { boot_faults: true, stale: true, bad_commit: seed % 3 == 0, ..Faults::none() });
+    run("hosts", |seed| Faults {
+        boot_faults: true,
+        stale: true,
+        bad_commit: seed.is_multiple_of(3),
+        ..Faults::none()
+    });
 }
 
 #[test]

@@ -1,9 +1,6 @@
 //! The world: an API server, operators, hosts, kubelets, pods, faults, and the invariants.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    rc::Rc,
-};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use fastrand::Rng;
 use k8s_openapi::{
@@ -14,7 +11,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use osimage_crds::{
-    Commit, OSImage, OSImageSpec, OSImageStatus, Period, names,
+    Commit, NodeOS, OSImage, OSImageSpec, OSImageStatus, Period, names,
     osimage::{
         Approval, Drain, Health, Image, OSTreeImage, OnDrainTimeout, Phase, Reboot, Rollout, Verification, Wave,
     },
@@ -626,7 +623,7 @@ impl World {
                 let done = self.api.update_node_os(&object);
                 let forced = self.api.now.image.spec.drain.on_timeout == OnDrainTimeout::Force;
                 if done.is_ok() && change == Change::Permit && !forced {
-                    self.is_drained(object.metadata.name.as_deref().unwrap())?;
+                    self.is_drained(&object)?;
                 }
                 done
             }
@@ -731,8 +728,12 @@ impl World {
         Ok(())
     }
 
-    fn is_drained(&self, node: &str) -> Result<(), String> {
-        match self.api.now.nodes.get(node).filter(|n| !n.pods.is_empty()) {
+    /// A permit is given only to an empty node. One for a boot that is over is dead: that nobody obeys it is checked
+    /// where hosts act.
+    fn is_drained(&self, object: &NodeOS) -> Result<(), String> {
+        let node = self.api.now.nodes.get(object.metadata.name.as_deref().unwrap());
+        let boot_id = object.spec.permit.as_ref().map(|p| p.boot_id.as_str());
+        match node.filter(|n| !n.pods.is_empty() && boot_id == Some(n.boot_id.as_str())) {
             None => Ok(()),
             Some(node) => Err(format!("drain: a permit was given with pods on the node: {:?}", node.pods)),
         }
