@@ -87,7 +87,8 @@ pub async fn fleet(ctx: &Context, seen: Seen, image: OSImage) -> Result<Fleet, O
     let selector: Selector = image.spec.node_selector.clone().try_into().map_err(ObserveError::ParseSelector)?;
     let existing_images = existing(ctx, &image, &seen.node_oses).await?;
     let refuges = seen.nodes.iter().map(|n| node_view(n)).filter(|n| !n.unavailable()).map(|n| n.name).collect();
-    let nodes = assemble(&image, &selector, seen);
+    let older = older(&image, ctx.stores.images.state().iter().filter_map(|guard| guard.0.as_ref().ok()));
+    let nodes = assemble(&image, &selector, &older, seen);
     let operator_node = ctx.own.node.clone();
     Ok(Fleet { image, existing_images, nodes, operator_node, refuges, refusals: BTreeMap::new(), gates: vec![] })
 }
@@ -155,8 +156,21 @@ async fn existing(ctx: &Context, image: &OSImage, node_oses: &[NodeOS]) -> Resul
     Ok(known)
 }
 
+/// The OSImages that were there before this one, with what they select: a node is the oldest one's.
+fn older<'a>(image: &OSImage, all: impl IntoIterator<Item = &'a OSImage>) -> Vec<(String, Selector)> {
+    let age = |i: &OSImage| (i.metadata.creation_timestamp.clone().map(|t| t.0), i.uid());
+    let before = all.into_iter().filter(|i| i.metadata.deletion_timestamp.is_none() && age(i) < age(image));
+    let selectors = before.map(|i| Some((i.name_any(), Selector::try_from(i.spec.node_selector.clone()).ok()?)));
+    selectors.flatten().collect()
+}
+
 /// The nodes that the OSImage selects, and those on which something of it is left.
-fn assemble(image: &OSImage, selector: &Selector, seen: Seen) -> BTreeMap<String, NodeView> {
+fn assemble(
+    image: &OSImage,
+    selector: &Selector,
+    older: &[(String, Selector)],
+    seen: Seen,
+) -> BTreeMap<String, NodeView> {
     let Seen { nodes, node_oses } = seen;
     let uid = image.uid().unwrap_or_default();
     let owner = format!("{}@{uid}", image.name_any());
@@ -167,11 +181,15 @@ fn assemble(image: &OSImage, selector: &Selector, seen: Seen) -> BTreeMap<String
         let name = node.name_any();
         let node_os = node_oses.remove(&name);
         let conditions = if slots.contains(name.as_str()) { conditions(node) } else { BTreeMap::new() };
-        let view = NodeView { selected: selector.matches(node.labels()), node_os, conditions, ..node_view(node) };
+        let matches = selector.matches(node.labels());
+        let claim = older.iter().filter(|_| matches).find(|(_, selector)| selector.matches(node.labels()));
+        let claimed_by = claim.map(|(name, _)| name.clone());
+        let selected = matches && claimed_by.is_none();
+        let view = NodeView { selected, claimed_by, node_os, conditions, ..node_view(node) };
         let ours = view.node_os.as_ref().is_some_and(|n| n.spec.os_image.uid == uid);
         let cordoned = view.cordoned_by.as_deref() == Some(owner.as_str());
         let control_plane = view.labels.contains_key(names::CONTROL_PLANE_LABEL);
-        if view.selected || control_plane || ours || cordoned || slots.contains(name.as_str()) {
+        if matches || control_plane || ours || cordoned || slots.contains(name.as_str()) {
             views.insert(name, view);
         }
     }
@@ -204,6 +222,7 @@ pub fn node_view(node: &Node) -> NodeView {
         resource_version: node.resource_version().unwrap_or_default(),
         exists: true,
         selected: false,
+        claimed_by: None,
         labels: node.labels().clone(),
         kept_from_autoscalers: kept_from_autoscalers(node),
         added: added(node),
@@ -300,6 +319,7 @@ fn pod_facts(pod: &Pod, budgets: &Budgets) -> PodFacts {
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
     use osimage_crds::osimage::OSImageStatus;
     use serde_json::json;
 
@@ -361,7 +381,7 @@ mod tests {
         ];
         let image = image(&["in-slot", "gone-in-slot"]);
         let selector = image.spec.node_selector.clone().try_into().unwrap();
-        let views = assemble(&image, &selector, Seen { nodes, node_oses });
+        let views = assemble(&image, &selector, &[], Seen { nodes, node_oses });
         let seen: Vec<_> =
             views.values().map(|v| (v.name.as_str(), v.exists, v.selected, v.node_os.is_some())).collect();
         assert_eq!(
@@ -375,6 +395,30 @@ mod tests {
                 ("selected", true, true, false),
             ]
         );
+    }
+
+    #[test]
+    fn of_two_osimages_the_older_one_keeps_a_node() {
+        let made = |name: &str, second: i64, uid: &str| {
+            let mut image = image(&[]);
+            image.metadata.name = Some(name.into());
+            image.metadata.uid = Some(uid.into());
+            image.metadata.creation_timestamp = Some(Time(Timestamp::from_second(second).unwrap()));
+            image
+        };
+        let (first, second, twin) = (made("first", 1, "u9"), made("second", 2, "u1"), made("twin", 2, "u2"));
+        let all = [&second, &first, &twin];
+        let names = |image| older(image, all).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        assert_eq!(names(&first), Vec::<String>::new());
+        assert_eq!(names(&second), ["first"]);
+        assert_eq!(names(&twin), ["second", "first"], "of the same second the UID decides");
+        let selector = second.spec.node_selector.clone().try_into().unwrap();
+        let seen = Seen { nodes: vec![node("both", "a")], node_oses: vec![] };
+        let views = assemble(&second, &selector, &older(&second, all), seen);
+        assert_eq!((views["both"].selected, views["both"].claimed_by.as_deref()), (false, Some("first")));
+        let mut leaving = first.clone();
+        leaving.metadata.deletion_timestamp = Some(Time(Timestamp::from_second(9).unwrap()));
+        assert!(older(&second, [&leaving]).is_empty(), "one that is being deleted gives its nodes back");
     }
 
     #[test]

@@ -64,6 +64,8 @@ pub struct NodeView {
     pub exists: bool,
     /// Whether the OSImage's selector matches it.
     pub selected: bool,
+    /// An older OSImage that selects it as well. Such a node is the older one's: it does not count as selected.
+    pub claimed_by: Option<String>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
     /// Annotations that keep autoscalers away and that are on it already, of

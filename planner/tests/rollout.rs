@@ -386,6 +386,16 @@ fn a_node_of_another_osimage_is_left_alone_unless_that_is_gone() {
 }
 
 #[test]
+fn a_node_that_an_older_osimage_selects_is_given_up_and_named() {
+    let claimed = NodeView { selected: false, claimed_by: Some("elder".into()), ..node("a") };
+    let plan = rollout::plan(&fleet([claimed, node("b")]), at(10));
+    assert_eq!(slots(&plan), ["b"]);
+    assert!(matches!(&plan.steps[..], [Step::DeleteNodeOS(_)]), "the older one makes its own: {:?}", plan.steps);
+    assert!(plan.holds.iter().any(|h| h.reason == HoldReason::OwnedByOther && h.message.contains("OSImage elder")));
+    assert_eq!(plan.status.counts.selected, 1);
+}
+
+#[test]
 fn the_finalizer_comes_before_the_first_deed() {
     let mut fresh = fleet([node("a")]);
     fresh.image.metadata.finalizers = None;

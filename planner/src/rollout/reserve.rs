@@ -97,6 +97,13 @@ impl<'a> Draft<'a> {
                 self.holds.push(hold);
             }
         }
+        let claims =
+            fleet.nodes.values().filter(|_| !fleet.deleting()).filter_map(|n| Some((n, n.claimed_by.as_ref()?)));
+        for (node, older) in claims {
+            let message =
+                format!("is also selected by OSImage {older}, which is older and keeps it: let only one select it");
+            self.hold(&node.name, HoldReason::OwnedByOther, message);
+        }
         for deferred in self.book.deferred.clone() {
             self.due(deferred.until.0);
         }
