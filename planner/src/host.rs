@@ -594,14 +594,18 @@ impl Trial<'_> {
         if booted.commit == *previous {
             return rolling(Some(HostStep::Close(self.record.close(Outcome::RolledBack, message))), None);
         }
+        let default = self.state.deployments.first().is_some_and(|d| d.commit == *previous);
         if told_on != self.state.boot_id {
+            // Told, but cut off before the default was changed: that was no way back yet.
+            if !default {
+                return self.roll_back(message.to_owned());
+            }
             return self.stuck(format!(
                 "{message}; the host was sent back to {} but booted {} again",
                 previous.short(),
                 booted.commit.short()
             ));
         }
-        let default = self.state.deployments.first().is_some_and(|d| d.commit == *previous);
         match default {
             true => rolling(Some(HostStep::Reboot), Some(REBOOT_AGAIN)),
             false => rolling(Some(HostStep::RollBack(Box::new(self.record.clone()))), None),

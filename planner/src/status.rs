@@ -1,7 +1,7 @@
 //! What the OSImage says of its rollout: counts, conditions, blockers, one line. No decision is made here, and
 //! none is made from what is written here except from the slot book, failures and rejected commits.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use k8s_openapi::jiff::Timestamp;
 use osimage_crds::{
@@ -55,12 +55,13 @@ fn is_old(blockers: &[Blocker], hold: &Hold, now: Timestamp) -> bool {
 }
 
 fn count(fleet: &Fleet, book: &OSImageStatus) -> Counts {
-    let in_slot = |n: &NodeView| book.slots.iter().any(|s| s.node == n.name);
-    let failed = |n: &NodeView| book.failures.iter().any(|f| f.node == n.name && f.commit == *fleet.commit());
     // A slot that only waits for minReadySeconds is that of a verified node.
-    let in_slot = |n: &NodeView| {
-        in_slot(n) && !book.slots.iter().any(|s| s.node == n.name && s.outcome == Some(SlotOutcome::Booted))
-    };
+    let busy = book.slots.iter().filter(|s| s.outcome != Some(SlotOutcome::Booted));
+    let busy: BTreeSet<&str> = busy.map(|s| s.node.as_str()).collect();
+    let failures = book.failures.iter().filter(|f| f.commit == *fleet.commit());
+    let failures: BTreeSet<&str> = failures.map(|f| f.node.as_str()).collect();
+    let in_slot = |n: &NodeView| busy.contains(n.name.as_str());
+    let failed = |n: &NodeView| failures.contains(n.name.as_str());
     let updated = |n: &&NodeView| n.booted() == Some(fleet.commit()) && !in_slot(n) && !failed(n);
     let pulled = |n: &&NodeView| {
         let pulled = n.node_os.as_ref().and_then(|o| o.status.as_ref()).and_then(|s| s.pulled.as_ref());

@@ -256,8 +256,10 @@ fn it_goes_back_at_most_once_per_attempt() {
         matches!(decide(&rolling, &spec()).step, Some(HostStep::RollBack(_))),
         "the default is not yet the old one"
     );
-    let swapped = HostState { deployments: vec![deployment(old(), false), deployment(new(), true)], ..rolling };
+    let swapped = HostState { deployments: vec![deployment(old(), false), deployment(new(), true)], ..rolling.clone() };
     assert_eq!(decide(&swapped, &spec()).step, Some(HostStep::Reboot));
+    let cut_off = HostState { boot_id: "boot-3".into(), ..rolling.clone() };
+    assert!(matches!(decide(&cut_off, &spec()).step, Some(HostStep::RollBack(_))), "told, but never done");
     let again = HostState { boot_id: "boot-3".into(), ..swapped.clone() };
     let stuck = decide(&again, &spec());
     assert_eq!((stuck.step, stuck.report.problem.unwrap().reason), (None, ProblemReason::RollbackFailed));

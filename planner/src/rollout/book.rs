@@ -144,8 +144,10 @@ impl Draft<'_> {
 
     fn is_updated(&self, node: &str) -> bool {
         let there = self.fleet.nodes.get(node).is_some_and(|n| n.booted() == Some(self.fleet.commit()));
-        let slot = self.book.slots.iter().find(|s| s.node == node);
-        there && self.failure(node).is_none() && slot.is_none_or(|s| s.outcome == Some(SlotOutcome::Booted))
+        // Searched for only where the node could be in it at all.
+        let slot = || self.book.slots.iter().find(|s| s.node == node);
+        let busy = there && slot().is_some_and(|s| s.outcome != Some(SlotOutcome::Booted));
+        there && !busy && self.failure(node).is_none()
     }
 
     pub(super) fn selected(&self) -> usize {

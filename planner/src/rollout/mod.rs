@@ -153,6 +153,8 @@ pub fn plan(fleet: &Fleet, now: Timestamp) -> Plan {
 struct Draft<'a> {
     fleet: &'a Fleet,
     now: Timestamp,
+    /// Nodes in the slot book as it was read. Looked up for every node, so not searched for.
+    taken: BTreeSet<&'a str>,
     /// The status being made; its slots are those that go on.
     book: OSImageStatus,
     steps: Vec<Step>,
@@ -166,7 +168,9 @@ impl<'a> Draft<'a> {
     fn new(fleet: &'a Fleet, now: Timestamp) -> Self {
         let book = OSImageStatus { slots: vec![], ..fleet.status() };
         let gates = gate::health::check(&fleet.image.spec.rollout.gates, &fleet.gates);
-        Draft { fleet, now, book, steps: vec![], holds: vec![], wake: None, gates }
+        let slots = fleet.image.status.iter().flat_map(|s| &s.slots);
+        let taken = slots.map(|s| s.node.as_str()).collect();
+        Draft { fleet, now, taken, book, steps: vec![], holds: vec![], wake: None, gates }
     }
 
     /// What is remembered, the slots, and who takes the next ones.

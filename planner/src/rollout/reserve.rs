@@ -40,7 +40,7 @@ impl<'a> Draft<'a> {
         let hold = |reason, message: &str| {
             Err(Some(Hold { node: Some(node.name.clone()), reason, object: None, message: message.into() }))
         };
-        if !node.exists || !node.selected || self.fleet.slot(&node.name).is_some() {
+        if !node.exists || !node.selected || self.taken.contains(node.name.as_str()) {
             return Err(None);
         }
         let Some(node_os) = node.node_os.as_ref() else { return Err(None) };
@@ -162,10 +162,9 @@ impl<'a> Draft<'a> {
         let fleet = self.fleet;
         let rollout = &fleet.image.spec.rollout;
         let max = resolve(&rollout.max_unavailable, self.selected());
-        let status = fleet.image.status.as_ref();
-        let book = self.book.slots.clone();
-        let mut slots: BTreeSet<&str> = status.iter().flat_map(|s| &s.slots).map(|s| s.node.as_str()).collect();
-        slots.extend(fleet.nodes.keys().map(String::as_str).filter(|n| book.iter().any(|s| s.node == *n)));
+        let mut slots = self.taken.clone();
+        let begun = self.book.slots.iter().filter_map(|s| fleet.nodes.get_key_value(&s.node));
+        slots.extend(begun.map(|(name, _)| name.as_str()));
         let in_scope = |n: &&NodeView| n.selected || slots.contains(n.name.as_str());
         let mut down = Down::new(fleet.nodes.values().filter(in_scope), &slots);
         let mut everywhere = Down::new(fleet.nodes.values(), &slots);

@@ -8,8 +8,9 @@ impl Draft<'_> {
         let fleet = self.fleet;
         let mut pulls = self.free_pulls();
         let mut left_over = false;
+        let begun: BTreeSet<String> = self.book.slots.iter().map(|s| s.node.clone()).collect();
         for node in fleet.nodes.values() {
-            if fleet.slot(&node.name).is_some() || self.book.slots.iter().any(|s| s.node == node.name) {
+            if self.taken.contains(node.name.as_str()) || begun.contains(&node.name) {
                 left_over = true;
                 continue;
             }
