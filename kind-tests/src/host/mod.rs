@@ -547,6 +547,14 @@ impl Inner {
         Ok(file)
     }
 
+    /// Both at once: who has seen the one finds the other done, whichever they follow.
+    fn turn(&self, power: Power, event: HostEvent) {
+        self.power.send_modify(|now| {
+            *now = power;
+            self.tell(event);
+        });
+    }
+
     fn tell(&self, event: HostEvent) {
         // Nobody may be listening.
         let _ = self.events.send(event);
@@ -566,12 +574,10 @@ async fn follow(
         match event {
             Event::Up { pid } => {
                 boot.pid1 = pid;
-                inner.power.send_replace(Power::Up(boot.clone()));
-                inner.tell(HostEvent::Up(boot.clone()));
+                inner.turn(Power::Up(boot.clone()), HostEvent::Up(boot.clone()));
             }
             Event::Shutdown { next } => {
-                inner.power.send_replace(Power::ShuttingDown(boot.clone()));
-                inner.tell(HostEvent::ShutdownRequested(next));
+                inner.turn(Power::ShuttingDown(boot.clone()), HostEvent::ShutdownRequested(next));
             }
             Event::Finalized { ok, .. } => inner.tell(HostEvent::Finalized { ok }),
             Event::Halted { next } => halted = Some(next),
