@@ -538,7 +538,25 @@ fn spawn(command: &[String], environment: &[(String, String)], log: &Path) -> io
     Ok(Pid::from_child(&child))
 }
 
+/// Hosts of one bed share a disk, and libostree freezes the file system for a moment when it writes a boot menu: then the
+/// remount of another host fails as busy. A real host has its disk for itself; here it is waited out.
 fn finalize_staged() -> (bool, String) {
+    const TRIES: u32 = 20;
+    const PAUSE: Duration = Duration::from_millis(250);
+    let mut said = String::new();
+    for _ in 0..TRIES {
+        let (ok, text) = try_finalize();
+        let busy = !ok && text.contains("busy");
+        said = format!("{said}{text}\n");
+        if !busy {
+            return (ok, said.trim().to_owned());
+        }
+        std::thread::sleep(PAUSE);
+    }
+    (false, said.trim().to_owned())
+}
+
+fn try_finalize() -> (bool, String) {
     let out = Command::new("ostree")
         .args(["admin", "finalize-staged"])
         .env_clear()
