@@ -207,7 +207,8 @@ fn progress(track: &NodeTrack, stage: Stage) -> (Option<u64>, String) {
     let Some((bytes, total)) = track.pulled else { return (done.then_some(100), String::new()) };
     let whole = total.unwrap_or(bytes).max(bytes);
     if done {
-        return (Some(100), size(whole));
+        // A small download is over before its first report.
+        return (Some(100), if whole < 1000 { String::new() } else { size(whole) });
     }
     let percent = (bytes.max(0).unsigned_abs() * 100).checked_div(whole.unsigned_abs()).map(|p| p.min(99));
     (percent, format!("{} of {}", size(bytes), size(whole)))
