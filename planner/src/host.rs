@@ -225,11 +225,6 @@ impl HostState {
     pub fn staged(&self) -> Option<&HostDeployment> {
         self.deployments.iter().find(|d| d.staged)
     }
-
-    /// The deployment to go back to: the first finished one that does not run, and that the boot loader lists.
-    pub fn rollback(&self) -> Option<&HostDeployment> {
-        self.deployments.iter().find(|d| !d.booted && !d.staged)
-    }
 }
 
 impl Record {
